@@ -1,0 +1,275 @@
+"""MoLF's optimizer: AdamW that lets the experts of a module compete for each step (arXiv 2605.07111).
+
+Every expert's Adam moments see every gradient. A routing rule scores the experts, and only the top-k move:
+
+    m <- b1 m + (1 - b1) g        v <- b2 v + (1 - b2) g^2                       for every expert, every step
+    S  = score(expert)            winners = the top-k scores of the module
+    w <- w - lr wd w - lr m^ / (sqrt(v^) + eps)                                  for the winners only
+
+With one expert a module this is torch.optim.AdamW. What no module routes (embedding, norms, biases) takes a plain
+AdamW step. All arithmetic is fp32; a parameter held in bf16 gets an fp32 master copy in the optimizer's state.
+
+    optimizer = MoLFAdamW(param_groups(model, lr=5e-5, lora_lr=5e-5), score=epd, top_k=1)
+    optimizer.winners, optimizer.scores         # (modules, experts) of the last step, on the device
+
+    python molf.py                              # a demonstration: which expert wins where, rule by rule
+"""
+from typing import NamedTuple
+
+import torch
+
+# ---------------------------------------------------------------------------------------------------------------
+# ROUTING RULES: EDIT HERE. A rule is a function of one expert at one step that returns a 0-d tensor; the highest
+# scores of a module win. To try your own, write it and name it in SCORES: `train.py --score yours` finds it there.
+
+class Expert(NamedTuple):
+    """What a rule sees. The lists run over the expert's matrices: [W] of a full expert, [A, B] of a LoRA expert.
+    All are fp32 (the gradient of W is bf16 where the model is) and must not be changed."""
+    kind: str           # "full" or "lora"
+    w: list             # parameters: W (out, in), or A (r, in) and B (out, r)
+    g: list             # gradients of this step
+    m: list             # Adam moments with this step's gradient in them, without bias correction
+    v: list
+    m_before: list      # and as they were before it
+    v_before: list
+    lr: torch.Tensor    # 0-d: this step's learning rate of this expert
+    scale: float        # s in W_eff = W + s B A; 1 for a full expert
+    eps: float
+
+    @property
+    def numel(self):
+        return sum(w.numel() for w in self.w)
+
+
+def epd(e):
+    """Expected progress, the paper's rule: S = lr/N sum m^2 / (sqrt(v) + eps), the fall of the loss that a step
+    m / (sqrt(v) + eps) promises, per parameter. Depends on matrix shapes and on the two learning rates."""
+    return e.lr / e.numel * sum((m.square() / (v.sqrt() + e.eps)).sum() for m, v in zip(e.m, e.v))
+
+
+def pfn(e):
+    """The paper's scale-free ablation: S = rms of the step m / (sqrt(v) + eps)."""
+    return (sum((m / (v.sqrt() + e.eps)).square().sum() for m, v in zip(e.m, e.v)) / e.numel).sqrt()
+
+
+def snr(e):
+    """S = sum m^2 / sum v: the share of the gradient that is signal, not noise. Free of shape and lr."""
+    return sum(m.square().sum() for m in e.m) / (sum(v.sum() for v in e.v) + 1e-30)
+
+
+def align(e):
+    """Does the direction learnt from earlier batches still help on this fresh one, per unit that it moves W_eff?
+    S = g.u / |dW_eff(u)| with u = m / (sqrt(v) + eps) from before this step. For LoRA dW_eff = s (u_B A + B u_A);
+    its norm comes from r x r Gram matrices, so no (out, in) matrix is made."""
+    u = [m / (v.sqrt() + e.eps) for m, v in zip(e.m_before, e.v_before)]
+    gain = sum((g.float() * x).sum() for g, x in zip(e.g, u))
+    if e.kind == "full":
+        square = u[0].square().sum()
+    else:
+        (a, b), (ua, ub) = e.w, u
+        square = e.scale ** 2 * (((ub.T @ ub) * (a @ a.T)).sum() + ((b.T @ b) * (ua @ ua.T)).sum()
+                                 + 2 * ((ub.T @ b) * (a @ ua.T)).sum())
+    return gain / (square.clamp_min(0).sqrt() + 1e-30)
+
+
+def always_full(e):
+    """No routing: with the full expert only, MoLF is full fine-tuning."""
+    return e.lr * 0 + (e.kind == "full")
+
+
+def always_lora(e):
+    """No routing: LoRA, but what is not routed (embedding, norms) trains as well."""
+    return e.lr * 0 + (e.kind == "lora")
+
+
+def random(e):
+    """A coin: what is routing worth, beside just moving each expert less often?"""
+    return torch.rand((), device=e.lr.device)
+
+
+SCORES = {f.__name__: f for f in (epd, pfn, snr, align, always_full, always_lora, random)}
+
+
+def route(scores, top_k):
+    """scores (modules, experts) -> winners, bool, top_k True in each row. Ties go to the first expert."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order[:, :top_k], True)
+
+# END OF THE ROUTING RULES
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def adam_moments(g, m, v, beta1, beta2):
+    """-> the moments with gradient g in them; m and v stay as they are."""
+    g = g.float()
+    return torch.lerp(m, g, 1 - beta1), (v * beta2).addcmul_(g, g, value=1 - beta2)
+
+
+def adamw(w, m, v, decay, step_size, correction, eps):
+    """-> the new w. decay = 1 - lr wd, step_size = lr / (1 - b1^t), correction = sqrt(1 - b2^t), as in torch."""
+    return (w * decay).sub_((m * step_size).div_(v.sqrt().div_(correction).add_(eps)))
+
+
+class MoLFAdamW(torch.optim.Optimizer):
+    """AdamW with routing. `groups` come from `param_groups`: one group an expert, of the keys kind, module, expert
+    and scale (strings and numbers, so any LR scheduler and state_dict work), and "rest" groups that are not routed.
+
+    score: a rule as above. top_k: how many experts of a module move at each step. A module without gradients sits
+    the step out (scores NaN, no winner). step() never waits for the device."""
+
+    def __init__(self, groups, lr=5e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, score=epd, top_k=1):
+        super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, kind="rest",
+                                      module="", expert=0, scale=1.0, t=0))
+        experts = {}                                    # module -> indices of its experts' groups
+        for i, group in enumerate(self.param_groups):
+            if group["kind"] != "rest":
+                experts.setdefault(group["module"], []).append(i)
+            for p in group["params"]:                   # all state is made here: checkpoints and memory are known
+                self.state[p] = {k: torch.zeros_like(p, dtype=torch.float32) for k in ("exp_avg", "exp_avg_sq")}
+                if p.dtype != torch.float32:
+                    self.state[p]["master"] = p.detach().float()
+        self.module_names, self.modules = list(experts), list(experts.values())
+        n = len(self.modules[0]) if self.modules else 1
+        if any(len(m) != n for m in self.modules):
+            raise ValueError("every module needs the same number of experts")
+        if not 1 <= top_k <= n:
+            raise ValueError(f"top_k is {top_k}, but a module has {n} expert{'s' * (n > 1)}: give 1 to {n}")
+        self.score, self.top_k = score, top_k
+        device = self.param_groups[0]["params"][0].device
+        self.hyper = torch.zeros(len(self.param_groups), 4, device=device)
+        self.scores = torch.full((len(self.modules), n), torch.nan, device=device)
+        self.winners = torch.zeros(len(self.modules), n, dtype=torch.bool, device=device)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.refresh()
+        self.update()
+        return loss
+
+    def refresh(self):
+        """The step's numbers, computed on the host in double precision, to the device in one copy."""
+        rows = []
+        for group in self.param_groups:
+            if group["params"][0].grad is not None:
+                group["t"] += 1
+            lr, (beta1, beta2), t = float(group["lr"]), group["betas"], max(group["t"], 1)
+            rows.append([lr, 1 - lr * group["weight_decay"], lr / (1 - beta1 ** t), (1 - beta2 ** t) ** 0.5])
+        rows = torch.tensor(rows)
+        self.hyper.copy_(rows.pin_memory() if self.hyper.is_cuda else rows, non_blocking=True)
+
+    @torch.no_grad()
+    def update(self):
+        """The step itself: device work only, on tensors that stay where they are."""
+        scores = []
+        for module in self.modules:
+            scores.append([self._observe(i) for i in module])
+        if scores:
+            self.scores.copy_(torch.stack([s for row in scores for s in row]).view_as(self.scores))
+            alive = ~self.scores.isnan().any(dim=-1, keepdim=True)
+            self.winners.copy_(route(self.scores, self.top_k) & alive)
+        for module, won in zip(self.modules, self.winners):
+            for i, wins in zip(module, won):
+                self._move(i, wins)
+        for i, group in enumerate(self.param_groups):
+            if group["kind"] == "rest":
+                self._move(i)
+
+    def _observe(self, i):
+        """Bring the moments of expert i up to date. -> its score, 0-d."""
+        group, lr = self.param_groups[i], self.hyper[i, 0]
+        params = [p for p in group["params"] if p.grad is not None]
+        if not params:
+            return torch.full_like(lr, torch.nan)
+        g, w = [p.grad for p in params], [self.state[p].get("master", p) for p in params]
+        before = [self.state[p]["exp_avg"] for p in params], [self.state[p]["exp_avg_sq"] for p in params]
+        now = [list(x) for x in zip(*(adam_moments(*x, *group["betas"]) for x in zip(g, *before)))]
+        score = self.score(Expert(group["kind"], w, g, *now, *before, lr, group["scale"], group["eps"]))
+        for old, new in zip(before[0] + before[1], now[0] + now[1]):
+            old.copy_(new)
+        return score
+
+    def _move(self, i, wins=None):
+        """The AdamW step of group i. `wins`, a 0-d bool on the device: whether it moves at all. None: the group is
+        not routed, and its moments are brought up to date here."""
+        group, (_, decay, step_size, correction) = self.param_groups[i], self.hyper[i]
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            m, v, w = (self.state[p].get(k, p) for k in ("exp_avg", "exp_avg_sq", "master"))
+            if wins is None:
+                for old, new in zip((m, v), adam_moments(p.grad, m, v, *group["betas"])):
+                    old.copy_(new)
+            new = adamw(w, m, v, decay, step_size, correction, group["eps"])
+            w.copy_(new if wins is None else torch.where(wins, new, w))     # a loser keeps its very bits
+            if w is not p:
+                p.copy_(w)
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        for p, saved in zip((p for g in self.param_groups for p in g["params"]), state_dict["state"].values()):
+            for key, value in saved.items():    # torch casts state to the parameter's dtype, bf16: not ours
+                self.state[p][key] = value.to(p.device, torch.float32, copy=True)
+
+
+def param_groups(model, lr=5e-5, lora_lr=5e-5, weight_decay=0.1, lora_weight_decay=0.01):
+    """Parameter groups for MoLFAdamW: each expert of each module that has `experts()`, then the rest, which takes the
+    full expert's lr; its vectors (biases, norms) do not decay. Every trainable parameter is in exactly one group."""
+    groups, derived = [], set()
+    for name, module in model.named_modules():
+        if not hasattr(module, "experts"):
+            continue
+        if module.folded:                               # its weight is computed from the experts, not trained
+            derived.add(module.weight)
+        for i, (kind, scale, params) in enumerate(module.experts()):
+            full = kind == "full"
+            groups.append(dict(params=params, kind=kind, module=name, expert=i, scale=scale,
+                               lr=lr if full else lora_lr, weight_decay=weight_decay if full else lora_weight_decay))
+    routed = {p for g in groups for p in g["params"]}
+    rest = [p for p in model.parameters() if p.requires_grad and p not in routed and p not in derived]
+    for params, decay in (([p for p in rest if p.dim() > 1], weight_decay), ([p for p in rest if p.dim() < 2], 0.0)):
+        if params:
+            groups.append(dict(params=params, kind="rest", lr=lr, weight_decay=decay))
+    ids = [id(p) for g in groups for p in g["params"]]
+    trainable = {id(p) for p in model.parameters() if p.requires_grad and p not in derived}
+    assert len(ids) == len(set(ids)) and set(ids) == trainable, "a parameter is in two groups, or in none"
+    return groups
+
+
+def demo(steps=240, seed=0):
+    """Two modules learn a change of their weight: a rank-2 one, and one of full rank. Who moves at each step?"""
+    from model import add_experts, fold, unfold
+    torch.set_num_threads(1)                            # the matrices are tiny
+    d, bins = 64, 60
+    print(f"Two {d} x {d} linears, each a full expert and a LoRA expert of rank 4. The change to be learnt has rank 2 "
+          f"in\n`low`, full rank in `full`. Each character is {steps // bins} steps:  # the full expert moved,  "
+          f". LoRA,  + both.\n")
+    for name, score in SCORES.items():
+        torch.manual_seed(seed)
+        net = torch.nn.ModuleDict({n: torch.nn.Linear(d, d, bias=False) for n in ("low", "full")})
+        change = {"low": torch.randn(d, 2) @ torch.randn(2, d) / d, "full": torch.randn(d, d) / d ** 0.5 / 4}
+        goal = {n: net[n].weight.detach() + change[n] for n in net}
+        add_experts(net, ranks=(4,), alpha=8, targets=("low", "full"))
+        optimizer = MoLFAdamW(param_groups(net, lr=1e-3, lora_lr=1e-3, weight_decay=0, lora_weight_decay=0), score=score)
+        won, first = [], None
+        for _ in range(steps):
+            x = torch.randn(64, d)
+            losses = {n: (net[n](x) - x @ goal[n].T).square().mean() for n in net}
+            sum(losses.values()).backward()
+            unfold(net)
+            optimizer.step()
+            fold(net)
+            won.append(optimizer.winners[:, 0].clone())
+            first = first or {n: v.item() for n, v in losses.items()}
+        full = torch.stack(won).float().view(bins, -1, 2).mean(1)                       # (bins, modules)
+        for j, n in enumerate(optimizer.module_names):
+            line = "".join("#" if x > 0.9 else "." if x < 0.1 else "+" for x in full[:, j].tolist())
+            print(f"{name if j == 0 else '':12s}{n:5s} {line}  full won {full[:, j].mean():4.0%}, "
+                  f"loss {first[n]:.3f} -> {losses[n].item():.4f}")
+
+
+if __name__ == "__main__":
+    demo()

@@ -1,0 +1,340 @@
+"""The optimizer against torch.optim.AdamW and plain autograd, the routing rules against hand-computed values."""
+import copy
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import molf
+from model import MoLFLinear, add_experts, fold, unfold
+from molf import SCORES, Expert, MoLFAdamW, param_groups, route
+
+TARGETS = ("up", "mid", "down")
+
+
+class Net(nn.Module):
+    """Three targets of different shapes, and a norm and an embedding that are not routed."""
+
+    def __init__(self):
+        super().__init__()
+        self.emb = nn.Embedding(11, 6)
+        self.up, self.mid, self.down = nn.Linear(6, 20), nn.Linear(20, 20, bias=False), nn.Linear(20, 3)
+        self.norm = nn.LayerNorm(20)
+
+    def forward(self, x):
+        return self.down(self.norm(torch.tanh(self.mid(torch.relu(self.up(self.emb(x)))))))
+
+
+def batches(n, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return [(torch.randint(11, (16,), generator=g), torch.randn(16, 3, generator=g)) for _ in range(n)]
+
+
+def step(net, optimizer, batch, schedule=None):
+    x, y = batch
+    (net(x) - y).square().mean().backward()
+    unfold(net)
+    optimizer.step()
+    fold(net)
+    optimizer.zero_grad()
+    if schedule:
+        schedule.step()
+
+
+def molf_net(ranks=(2,), full=True, seed=0, dropout=0.0, dtype=torch.float32, **kwargs):
+    torch.manual_seed(seed)
+    net = Net().to(dtype)
+    add_experts(net, ranks, alpha=4, full=full, dropout=dropout, targets=TARGETS)
+    groups = param_groups(net, lr=3e-3, lora_lr=5e-3, weight_decay=0.1, lora_weight_decay=0.01)
+    return net, MoLFAdamW(groups, **kwargs)
+
+
+# ------------------------------------------------------------------------------------------------ against AdamW
+
+def test_one_full_expert_is_torch_adamw():
+    net, optimizer = molf_net(ranks=())
+    torch.manual_seed(0)
+    plain = Net()
+    decay = [p for p in plain.parameters() if p.dim() > 1]
+    other = [p for p in plain.parameters() if p.dim() < 2]
+    reference = torch.optim.AdamW([dict(params=decay, weight_decay=0.1), dict(params=other, weight_decay=0.0)],
+                                  lr=3e-3, foreach=False)
+    for batch in batches(50):
+        step(net, optimizer, batch)
+        step(plain, reference, batch)
+        for name in TARGETS:
+            torch.testing.assert_close(net.get_submodule(name).weight, plain.get_submodule(name).weight,
+                                       rtol=0, atol=1e-7)
+        for name in ("emb.weight", "norm.weight", "up.bias"):
+            torch.testing.assert_close(net.get_parameter(name), plain.get_parameter(name), rtol=0, atol=1e-7)
+
+
+def test_one_lora_expert_is_torch_adamw_on_a_and_b():
+    net, optimizer = molf_net(full=False)
+    plain, _ = molf_net(full=False)
+    reference = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=5e-3, weight_decay=0.01,
+                                  foreach=False)
+    frozen = net.emb.weight.clone(), net.mid.weight.clone()
+    for batch in batches(50):
+        step(net, optimizer, batch)
+        step(plain, reference, batch)
+    for p, q in zip(net.parameters(), plain.parameters()):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+    assert torch.equal(net.emb.weight, frozen[0]) and torch.equal(net.mid.weight, frozen[1])
+
+
+# ------------------------------------------------------------------------------------------------ folded = unfolded
+
+class Sum(nn.Module):
+    """W + sum s B A by plain autograd: the reference that knows nothing of folding."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.full = nn.Parameter(layer.full.detach().clone())
+        self.A = nn.ParameterList(a.detach().clone() for a in layer.A)
+        self.B = nn.ParameterList(b.detach().clone() for b in layer.B)
+        self.bias, self.scales, self.folded = layer.bias, layer.scales, False
+
+    def experts(self):
+        return [("full", 1.0, [self.full])] + [("lora", s, [a, b]) for s, a, b in zip(self.scales, self.A, self.B)]
+
+    def forward(self, x):
+        w = self.full + sum(s * b @ a for s, a, b in zip(self.scales, self.A, self.B))
+        return nn.functional.linear(x, w, self.bias)
+
+
+def test_folded_equals_two_path_equals_autograd_over_200_routed_steps():
+    folded, opt1 = molf_net(ranks=(2, 4))
+    two_path, _ = molf_net(ranks=(2, 4))
+    reference, _ = molf_net(ranks=(2, 4))
+    for name in TARGETS:
+        layer = two_path.get_submodule(name)
+        layer.folded = False                            # the same class, its other branch: W itself trains
+        del layer.full
+        setattr(reference, name, Sum(reference.get_submodule(name)))
+    kwargs = dict(lr=3e-3, lora_lr=5e-3, weight_decay=0.1, lora_weight_decay=0.01)
+    opt2, opt3 = MoLFAdamW(param_groups(two_path, **kwargs)), MoLFAdamW(param_groups(reference, **kwargs))
+    wins = torch.zeros(3, 3)
+    for batch in batches(200):
+        for net, optimizer in ((folded, opt1), (two_path, opt2), (reference, opt3)):
+            step(net, optimizer, batch)
+        assert torch.equal(opt1.winners, opt2.winners) and torch.equal(opt1.winners, opt3.winners)
+        wins += opt1.winners
+    assert (wins.sum(0) > 0).all()                      # every expert won somewhere: routing was on
+    for name in TARGETS:
+        a, b, c = (net.get_submodule(name) for net in (folded, two_path, reference))
+        torch.testing.assert_close(a.full, b.weight, rtol=0, atol=1e-5)
+        torch.testing.assert_close(a.full, c.full, rtol=0, atol=1e-5)
+        torch.testing.assert_close(a.weight, b.merged(), rtol=0, atol=1e-5)
+        for i in range(2):
+            torch.testing.assert_close(a.A[i], c.A[i], rtol=0, atol=1e-5)
+            torch.testing.assert_close(a.B[i], b.B[i], rtol=0, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ routing
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_losers_keep_their_bits_but_their_moments_move(top_k):
+    net, optimizer = molf_net(ranks=(2, 4), top_k=top_k, score=molf.random)
+    for batch in batches(20):
+        before = {p: p.clone() for g in optimizer.param_groups for p in g["params"]}
+        moments = {p: optimizer.state[p]["exp_avg_sq"].clone() for p in before}
+        step(net, optimizer, batch)
+        assert (optimizer.winners.sum(1) == top_k).all()
+        for group in optimizer.param_groups:
+            if group["kind"] == "rest":
+                continue
+            won = optimizer.winners[optimizer.module_names.index(group["module"]), group["expert"]]
+            for p in group["params"]:
+                assert torch.equal(p.view(torch.int32), before[p].view(torch.int32)) != bool(won)
+                # B = 0 at the very first step gives A a gradient of exactly 0
+                assert not torch.equal(optimizer.state[p]["exp_avg_sq"], moments[p]) or not moments[p].any()
+
+
+def test_winners_are_the_highest_scores_and_ties_go_to_the_first():
+    scores = torch.tensor([[1.0, 2.0, 3.0], [5.0, 5.0, 1.0], [0.0, 0.0, 0.0]])
+    assert route(scores, 1).tolist() == [[False, False, True], [True, False, False], [True, False, False]]
+    assert route(scores, 2).tolist() == [[False, True, True], [True, True, False], [True, True, False]]
+    assert route(scores, 3).all()
+
+
+def hand_made(kind):
+    torch.manual_seed(3)
+    shapes = [(7, 5)] if kind == "full" else [(2, 5), (7, 2)]
+    draw = lambda: [torch.randn(s, dtype=torch.float64) for s in shapes]   # noqa: E731
+    return Expert(kind, w=draw(), g=draw(), m=draw(), v=[x ** 2 for x in draw()], m_before=draw(),
+                  v_before=[x ** 2 for x in draw()], lr=torch.tensor(0.25), scale=1.5, eps=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_scores_by_hand(kind):
+    """Each rule again as a loop over single numbers, and align's norm with the full matrix that it avoids."""
+    e = hand_made(kind)
+    m = [x for t in e.m for x in t.flatten().tolist()]
+    v = [x for t in e.v for x in t.flatten().tolist()]
+    n = len(m)
+    want = {"epd": 0.25 / n * sum(a * a / (math.sqrt(b) + 1e-3) for a, b in zip(m, v)),
+            "pfn": math.sqrt(sum((a / (math.sqrt(b) + 1e-3)) ** 2 for a, b in zip(m, v)) / n),
+            "snr": sum(a * a for a in m) / sum(v),
+            "always_full": float(kind == "full"), "always_lora": float(kind == "lora")}
+    u = [a / (b.sqrt() + 1e-3) for a, b in zip(e.m_before, e.v_before)]
+    move = u[0] if kind == "full" else 1.5 * (u[1] @ e.w[0] + e.w[1] @ u[0])
+    want["align"] = sum((g * x).sum().item() for g, x in zip(e.g, u)) / move.norm().item()
+    assert set(want) | {"random"} == set(SCORES)
+    for name, value in want.items():
+        assert SCORES[name](e).item() == pytest.approx(value, rel=1e-6), name
+    assert 0 <= SCORES["random"](e).item() < 1
+
+
+def test_epd_depends_on_shape_as_predicted_at_the_start():
+    """With B = 0 and white gradients, LoRA's score is about 1.63 out/(in + out) of the full expert's (alpha 32, r 128,
+    A of standard deviation 1/sqrt(3 in)): what EPD prefers at the start is set by shapes, not by the task."""
+    torch.manual_seed(0)
+    for n_in, n_out in ((512, 1024), (1024, 512), (512, 512)):
+        net = nn.ModuleDict({"up": nn.Linear(n_in, n_out, bias=False)})
+        add_experts(net, ranks=(128,), alpha=32, targets=("up",))
+        optimizer = MoLFAdamW(param_groups(net, lr=1e-4, lora_lr=1e-4))
+        net["up"].weight.grad = torch.randn(n_out, n_in)
+        unfold(net)
+        optimizer.step()
+        full, lora = optimizer.scores[0].tolist()
+        assert lora / full == pytest.approx(1.63 * n_out / (n_in + n_out), rel=0.03)
+
+
+def test_a_rule_sees_the_moments_before_and_after_and_the_step_lr():
+    seen = []
+
+    def spy(e):
+        seen.append((e.kind, [t.clone() for t in e.g + e.m + e.m_before + e.v + e.v_before], e.lr.item(), e.scale))
+        return e.lr * 0
+    net, optimizer = molf_net(score=spy)
+    for batch in batches(2):
+        step(net, optimizer, batch)
+    kind, (g, m, m0, v, v0), lr, scale = seen[6]        # module 0's full expert at the second step
+    assert kind == "full" and lr == pytest.approx(3e-3) and scale == 1.0
+    torch.testing.assert_close(m, 0.9 * m0 + 0.1 * g)
+    torch.testing.assert_close(v, 0.999 * v0 + 0.001 * g ** 2)
+    assert torch.equal(m0, seen[0][1][1]) and seen[7][0] == "lora" and seen[7][3] == pytest.approx(4 / 2 ** 0.5)
+
+
+def test_a_module_without_gradient_sits_the_step_out():
+    net, optimizer = molf_net()
+    x, y = batches(1)[0]
+    (torch.relu(net.up(net.emb(x))).mean() - 1).square().backward()         # mid and down take no part
+    before = net.mid.full.clone()
+    unfold(net)
+    optimizer.step()
+    fold(net)
+    assert torch.equal(net.mid.full, before) and not optimizer.winners[1:].any() and optimizer.winners[0].any()
+    assert optimizer.scores[1:].isnan().all()
+    optimizer.zero_grad()
+    step(net, optimizer, (x, y))
+    assert optimizer.winners.any(1).all()
+
+
+# ------------------------------------------------------------------------------------------------ bookkeeping
+
+@pytest.mark.parametrize("make", [
+    lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 10),
+    lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=[0.01] * len(o.param_groups), total_steps=12),
+    lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda i: 0.0 if i == 3 else 1.0)])
+def test_torch_schedulers_drive_every_expert(make):
+    net, optimizer = molf_net(top_k=2)
+    schedule = make(optimizer)
+    for i, batch in enumerate(batches(8)):
+        lrs = [g["lr"] for g in optimizer.param_groups]
+        before = [g["params"][0].clone() for g in optimizer.param_groups]
+        step(net, optimizer, batch, schedule)
+        torch.testing.assert_close(optimizer.hyper[:, 0], torch.tensor(lrs))
+        for lr, old, group in zip(lrs, before, optimizer.param_groups):
+            a_at_first_step = i == 0 and group["kind"] == "lora"            # A's gradient is 0 where B is
+            assert torch.equal(old, group["params"][0]) == (lr == 0) or a_at_first_step
+
+
+@pytest.mark.parametrize("options", [dict(), dict(full=False, ranks=(2, 4)), dict(ranks=()), dict(dropout=0.1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_dict_round_trip_continues_bit_for_bit(options, dtype):
+    def run(net, optimizer, part):
+        for i, batch in enumerate(part):
+            torch.manual_seed(i)                        # of the dropout
+            step(net, optimizer, batch)
+    data = batches(12)
+    net, optimizer = molf_net(dtype=dtype, **options)
+    run(net, optimizer, data[:7])
+    saved = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
+    run(net, optimizer, data[7:])
+    again, restored = molf_net(dtype=dtype, seed=9, **options)
+    again.load_state_dict(saved[0])
+    restored.load_state_dict(saved[1])
+    assert all(t.dtype == torch.float32 for s in restored.state.values() for t in s.values())
+    run(again, restored, data[7:])
+    for (name, p), q in zip(net.named_parameters(), again.parameters()):
+        assert torch.equal(p, q), name
+    assert torch.equal(optimizer.scores, restored.scores)
+    assert all(isinstance(v, (str, int, float, tuple, list)) for g in saved[1]["param_groups"] for v in g.values())
+
+
+def test_bf16_parameters_have_fp32_masters():
+    """A step far below bf16's spacing is not lost: it adds up in the master."""
+    p = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = MoLFAdamW([dict(params=[p])], lr=1e-4)
+    for _ in range(100):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert torch.equal(p.data, torch.full((4,), 0.99, dtype=torch.bfloat16))
+    assert optimizer.state[p]["master"][0].item() == pytest.approx(0.99, abs=1e-5)
+
+
+def test_every_trainable_parameter_is_in_exactly_one_group():
+    net, optimizer = molf_net()
+    names = {p: n for n, p in net.named_parameters()}
+    grouped = sorted(names[p] for g in optimizer.param_groups for p in g["params"])
+    assert grouped == sorted(n for n in names.values() if n not in ("up.weight", "mid.weight", "down.weight"))
+    decays = {names[p]: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert decays["emb.weight"] == decays["mid.full"] == 0.1 and decays["mid.A.0"] == decays["mid.B.0"] == 0.01
+    assert decays["norm.weight"] == decays["up.bias"] == 0
+    net.mid.experts = lambda: [("full", 1.0, [net.up.full])]
+    with pytest.raises(AssertionError, match="two groups, or in none"):
+        param_groups(net)
+
+
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_top_k_out_of_range(top_k):
+    with pytest.raises(ValueError, match="2 experts: give 1 to 2"):
+        molf_net(top_k=top_k)
+
+
+def test_a_transformers_model_trains_unchanged():
+    torch.manual_seed(0)
+    net = Qwen2ForCausalLM(Qwen2Config(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                       num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True))
+    layers = add_experts(net, ranks=(4,))
+    optimizer = MoLFAdamW(param_groups(net, lr=2e-3, lora_lr=2e-3))
+    ids = torch.randint(50, (4, 12))
+    losses, wins = [], 0
+    for _ in range(60):
+        loss = net(ids, labels=ids).loss
+        loss.backward()
+        unfold(net)
+        optimizer.step()
+        fold(net)
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        wins += optimizer.winners
+    assert losses[-1] < 0.5 * losses[0] and len(layers) == 14 and (wins.sum(0) > 0).all()
+    for m in net.modules():
+        if isinstance(m, MoLFLinear):
+            torch.testing.assert_close(m.weight, m.full + m.scales[0] * m.B[0] @ m.A[0])
+
+
+def test_the_demonstration_shows_epd_sending_low_rank_to_lora_and_full_rank_to_the_full_expert():
+    out = subprocess.run([sys.executable, molf.__file__], capture_output=True, text=True, timeout=300)
+    assert out.returncode == 0, out.stderr
+    epd = [float(x.split("full won")[1].split("%")[0]) for x in out.stdout.split("pfn")[0].splitlines()
+           if "full won" in x]
+    assert len(epd) == 2 and epd[0] < 50 < epd[1]
+    assert all(name in out.stdout for name in SCORES)
