@@ -29,8 +29,8 @@ from molf import SCORES, MoLFAdamW, param_groups
 
 # What a flag that is not given means: the paper's settings (arXiv 2605.07111), but for the toy, whose width of 128
 # wants smaller ranks and larger steps.
-PAPER = dict(epochs=2, lr=5e-5, lora_lr=5e-5, ranks={"lora": [128], "molf": [128], "molf-e": [32, 128]})
-TOY = dict(epochs=10, lr=1e-3, lora_lr=1e-3, ranks={"lora": [16], "molf": [16], "molf-e": [4, 16]})
+PAPER = dict(epochs=2, lr=5e-5, lora_lr=5e-5, alpha=32, ranks={"lora": [128], "molf": [128], "molf-e": [32, 128]})
+TOY = dict(epochs=10, lr=1e-3, lora_lr=1e-3, alpha=12, ranks={"lora": [16], "molf": [16], "molf-e": [4, 16]})
 
 
 def parse_args(argv=None):
@@ -46,7 +46,7 @@ def parse_args(argv=None):
     add("--score", default="epd", choices=list(SCORES), help="the routing rule, see molf.py (default: epd)")
     add("--top-k", type=int, default=1, help="experts of a module that move at each step (default: 1)")
     add("--ranks", type=int, nargs="+", help="ranks of the LoRA experts (default: 128; molf-e: 32 128)")
-    add("--alpha", type=float, default=32, help="LoRA scale is alpha / sqrt(rank) (default: 32)")
+    add("--alpha", type=float, help="LoRA scale is alpha / sqrt(rank) (default: 32)")
     add("--dropout", type=float, default=0.0, help="LoRA dropout; above 0 layers cannot be folded (default: 0)")
     add("--rest", choices=["train", "freeze"], help="embedding, norms, biases and head (default: train for fft and "
                                                     "molf, freeze for lora and molf-e)")
@@ -181,7 +181,7 @@ def train(model, optimizer, examples, a, log=print):
             winners.append(w), scores.append(s), pending.clear()
             speed = tokens / (time.perf_counter() - clock) if clock and step > skip else float("nan")
             eta = (total - 1 - step) * tokens / (step - skip + 1) / speed if speed == speed else 0
-            share = w[..., 0].float().mean().item() if full_first and w.numel() else 0.0
+            share = w[..., 0].float().mean().item() if full_first and w.numel() else 0.0    # since the last log
             record = dict(step=step + 1, loss=loss[-1].item(), lr=dict(zip(lrs, rates)), grad_norm=norm[-1].item(),
                           full_share=share, tok_per_s=speed, peak_gb=peak_memory(device))
             log(f"step {step + 1:4d}/{total}  loss {record['loss']:.4f}  lr {'/'.join(f'{x:.1e}' for x in rates)}  "
@@ -189,6 +189,14 @@ def train(model, optimizer, examples, a, log=print):
                 f"eta {int(eta) // 60}:{int(eta) % 60:02d}  {record['peak_gb']:.1f} GB", record)
     model.eval()
     return {"winners": torch.cat(winners), "scores": torch.cat(scores)}
+
+
+def full_share(winners, module_names):
+    """winners (steps, modules, experts) -> {"q_proj": share of steps that the full expert won, ...}"""
+    kinds = {}
+    for i, name in enumerate(module_names):
+        kinds.setdefault(name.rpartition(".")[2], []).append(i)
+    return {kind: winners[:, i, 0].float().mean().item() for kind, i in kinds.items()}
 
 
 def stop_not_finite(step, loss, norm, batch):
@@ -310,6 +318,7 @@ def read_data(a, tokenizer):
 
 def main(argv=None):
     a = parse_args(argv)
+    torch.set_flush_denormal(True)      # second moments reach 1e-40, where a CPU is several times slower
     out = Path(a.out)
     try:
         if (out / "results.json").exists() and not (a.overwrite or a.dry_run):
@@ -318,7 +327,6 @@ def main(argv=None):
         config = read_config(source)
         tokenizer = Tokenizer.from_file(source / "tokenizer.json")
         examples, eval_rows = read_data(a, tokenizer)
-        torch.manual_seed(a.seed)                           # before the experts are made
         if a.dry_run:
             with torch.device("meta"):
                 model = Transformer(config).to(getattr(torch, a.dtype))
@@ -329,6 +337,7 @@ def main(argv=None):
     full = a.method in ("fft", "molf")
     add = dict(ranks=a.ranks, alpha=a.alpha, full=full, dropout=a.dropout, train_rest=a.rest == "train")
     model.checkpointing = a.checkpointing
+    torch.manual_seed(a.seed)                               # of the experts' A and of dropout
     before = None
     if not a.dry_run:
         model.eval()
@@ -365,6 +374,9 @@ def main(argv=None):
     print(f"\n{'':28s}before    after   (95 % interval)   n")
     for name, x in after.items():
         print(f"{name:24s}{before[name]['value']:10.1%}{x['value']:9.1%}   ({x['low']:.1%} to {x['high']:.1%})  {x['n']}")
+    if a.method == "molf":
+        print("\nsteps won by the full expert: " + "  ".join(f"{k} {v:.0%}" for k, v in full_share(
+            routing["winners"], optimizer.module_names).items()))
     print(f"\nmodel: {out / 'model'}   log: {out / 'log.jsonl'}")
     return after
 
