@@ -16,8 +16,7 @@ import re
 import shutil
 import unicodedata
 import urllib.request
-from collections import Counter
-from functools import cache
+from functools import cache, partial
 from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -77,19 +76,6 @@ def find_eos(configs, ids):
     return found
 
 
-def results(merges, gemma):
-    """What the merges make, in their order. tiktoken gives each result one rank, and so must the file."""
-    made = list(map("".join, merges))
-    blocks = made
-    if gemma:   # a merge for every way to cut a token in two, all in one place, but for how Gemma-3's file begins
-        runs = [[c * a, c * b] for a in range(30, 0, -1) for b in range(31 - a, 0, -1) for c in "\n▁\t"][:-1]
-        mixed = len(runs) if merges[:len(runs)] == runs else 0      # no harm: these runs grow by one at a time
-        blocks = [token for token, _ in groupby(made[mixed:])]
-    if twice := [token for token, n in Counter(blocks).items() if n > 1]:
-        raise ValueError(f"merges that make {twice[:5]} are in several places and would need several ranks")
-    return list(dict.fromkeys(made))
-
-
 def gemma_tables(vocab, made):
     """id -> bytes; bytes -> ids of what stands before the first merge; the regex that splits text.
 
@@ -100,11 +86,11 @@ def gemma_tables(vocab, made):
     spelling = {i: t.replace("▁", " ").encode() for t, i in vocab.items()}
     chars = {spelling[i]: [i] for t, i in vocab.items() if len(t) == 1}
     starts = [bytes([b]) for b in range(256)] + [c[:n] for c in chars for n in range(2, len(c))]
-    first = {s: [byte_ids[b] for b in s] for s in starts} | chars
-    spelling.update((i, bytes([b])) for b, i in enumerate(byte_ids))
+    spelling |= {i: bytes([b]) for b, i in enumerate(byte_ids)}
     # Text can be cut before spaces, but not after a character that has a space after it in some token.
     joins = sorted({c for t in made if "▁" in t[1:] for c in re.findall("[^▁](?=▁)", t)})
-    return spelling, first, " *(?:" + "".join(rf"\x{{{ord(c):x}}} *|" for c in joins) + "[^ ])+| +"
+    regex = " *(?:" + "".join(rf"\x{{{ord(c):x}}} *|" for c in joins) + "[^ ])+| +"
+    return spelling, {s: [byte_ids[b] for b in s] for s in starts} | chars, regex
 
 
 class Tokenizer:
@@ -133,9 +119,12 @@ class Tokenizer:
     def __init__(self, spec, configs):
         model, vocab, added = spec["model"], spec["model"]["vocab"], spec["added_tokens"]
         regex = split_regex(spec["normalizer"], spec["pre_tokenizer"], model)
-        self.gemma, self.nfc = regex is None, bool(spec["normalizer"])
+        gemma = regex is None
+        # `tokenizers` has the tables of Unicode 9, and leaves about a hundred newer combining marks alone.
+        nfc = partial(unicodedata.normalize, "NFC") if spec["normalizer"] else str
+        self.normalize = (lambda text: text.replace("▁", " ")) if gemma else nfc
         ids = vocab | {a["content"]: a["id"] for a in added}
-        self.bos_id = ids["<bos>"] if self.gemma else None
+        self.bos_id = ids["<bos>"] if gemma else None
         self.eos_ids = find_eos(configs, ids)
         self.eos_id = self.eos_ids[0]
         control = {a["id"] for a in added if a["special"]} | {*self.eos_ids, self.bos_id} - {None}
@@ -148,24 +137,32 @@ class Tokenizer:
         groups = [re.escape(start) + f"(?:{'|'.join(re.escape(t[3:]) for t in g)})" for start, g in groups]
         self.split = re.compile(f"({'|'.join(groups) or '(?!)'})")
 
-        merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-        made = results(merges, self.gemma)
-        if self.gemma:
+        merges = model["merges"]
+        merges = [m.split(" ") for m in merges] if isinstance(merges and merges[0], str) else merges
+        made = [token for token, _ in groupby(map("".join, merges))]
+        # One rank for what several merges make (in Gemma's file, one for every way to cut it in two): they must
+        # be in one place. Runs that are mixed at the head of Gemma's do no harm: they grow by one at a time.
+        runs = [[c * a, c * b] for a in range(30, 0, -1) for b in range(31 - a, 0, -1) for c in "\n▁\t"][:-1]
+        rest = made[len(runs):] if merges[:len(runs)] == runs else made
+        if len(set(rest)) < len(rest):
+            raise ValueError("merges that make one token are in several places: it would need several ranks")
+        made = list(dict.fromkeys(made))
+        if gemma:
             self.bytes, first, regex = gemma_tables(vocab, made)
         else:
             self.bytes = {i: t.translate(BYTE_OF).encode("latin-1", "replace") for t, i in vocab.items()}
             first = {bytes([b]): [vocab[chr(c)]] if chr(c) in vocab else [] for c, b in BYTE_OF.items()}
-        self.first, self.made = list(first.values()), [vocab[t] for t in made]
-        made = [self.bytes[i] for i in self.made]
-        self.left = {} if self.gemma else {t: len(left) for t, (left, _) in zip(made, merges)}
-        self.ranks = {b: rank for rank, b in enumerate(chain(first, made))}
-        if len(self.ranks) < len(first) + len(made):
+        self.unit = re.compile(rb"(?s)[\xc0-\xff][\x80-\xbf]*|." if gemma else rb"(?s).")
+        self.left = {} if gemma else {self.bytes[vocab[a + b]]: len(a) for a, b in merges}
+        self.ids = [*first.values(), *([vocab[t]] for t in made)]
+        self.ranks = {b: rank for rank, b in enumerate(chain(first, (self.bytes[vocab[t]] for t in made)))}
+        if len(self.ranks) < len(self.ids):
             raise ValueError("two tokens of the vocabulary stand for the same bytes")
-        reached = [*chain(*self.first), *self.made, *self.added.values()]
-        if control.intersection(reached):
-            raise ValueError(f"plain text would become control tokens {control.intersection(reached)}")
+        reached = {*chain.from_iterable(self.ids), *self.added.values()}
+        if reached & control:
+            raise ValueError(f"plain text would become control tokens {reached & control}")
         self.vocab_size = 1 + max(*reached, *self.eos_ids, self.bos_id or 0)    # rows an embedding needs
-        self.bytes |= {i: (t.replace("▁", " ") if self.gemma else t).encode() for t, i in self.added.items()}
+        self.bytes |= {i: self.normalize(t).encode() for t, i in self.added.items()}
         self.bytes |= dict.fromkeys(control, b"")
         self.bpe = tiktoken.Encoding("", pat_str=regex, mergeable_ranks=self.ranks, special_tokens={})
         self.ids_of = cache(self.ids_of)
@@ -176,19 +173,16 @@ class Tokenizer:
         tiktoken finds such tokens (Gemma has four), because it looks a piece up before it merges anything.
         So merge every token once as the file says, and see what comes of it.
         """
-        if rank < len(self.first):
-            if not self.first[rank]:
-                raise ValueError(f"this tokenizer has no token for the byte {[*self.ranks][rank]}")
-            return self.first[rank]
         token = self.bpe.decode_single_token_bytes(rank)
-        parts = [c.encode() for c in token.decode()] if self.gemma else [bytes([b]) for b in token]
+        parts = self.unit.findall(token)
         while pairs := [(self.ranks[x + y], n) for n, (x, y) in enumerate(pairwise(parts))
                         if x + y in self.ranks and self.left.get(x + y, len(x)) == len(x)]:
             n = min(pairs)[1]
             parts[n:n + 2] = [parts[n] + parts[n + 1]]
-        if len(parts) == 1:
-            return [self.made[rank - len(self.first)]]
-        return [i for p in parts for i in self.ids_of(self.ranks[p])]
+        ids = [i for p in parts for i in self.ids[self.ranks[p]]]
+        if not ids or (len(parts) > 1 and self.left):   # (byte-level: tiktoken may also merge what must not)
+            raise ValueError(f"this tokenizer.json has no token {token}, or no merges that make it")
+        return ids
 
     def encode(self, text):
         """Ids, without <bos> and <eos>. Special tokens count as plain text, lone surrogates as U+FFFD."""
@@ -198,12 +192,8 @@ class Tokenizer:
         for part in self.split.split(text):
             if part in self.added:
                 ids.append(self.added[part])
-                continue
-            if self.gemma:
-                part = part.replace("▁", " ")
-            elif self.nfc:      # (to `tokenizers`, of Unicode 9, some hundred newer marks do not combine)
-                part = unicodedata.normalize("NFC", part)
-            ids += chain.from_iterable(map(self.ids_of, self.bpe.encode_ordinary(part)))
+            else:
+                ids += chain.from_iterable(map(self.ids_of, self.bpe.encode_ordinary(self.normalize(part))))
         return ids
 
     def decode(self, ids):
@@ -226,6 +216,7 @@ class Example(NamedTuple):
 class Scored(NamedTuple):
     logprobs: list      # log-probability of each target token (the last is the EOS)
     greedy: list        # whether it is the most probable token there
+    first: int          # the first target token
 
 
 def encode_prompt(tokenizer, prompt):
@@ -269,7 +260,10 @@ def read_rows(path):
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as f:
         if path.name.removesuffix(".gz").endswith(".json"):
-            rows = json.load(f)
+            try:
+                rows = json.load(f)
+            except ValueError as e:
+                raise ValueError(f"{path} is not JSON: {e}") from e
             return [(f"{path} item {i + 1}", row) for i, row in enumerate(rows)]
         out = []
         for i, line in enumerate(f):
@@ -332,14 +326,15 @@ def fact_queries(row):
 
 def fact_metrics(row, scored):
     """CounterFact (Meng et al. 2022, arXiv 2202.05262): ES, PS, NS, the shares of rewrite, paraphrase and
-    neighbourhood prompts at which the wanted answer is the more probable one, by the first token. `... full`: by
-    the mean log-probability over the whole answer. Two answers that share their first token count as failures."""
-    pairs = list(zip(scored[::2], scored[1::2]))                            # (new, true) of each prompt
+    neighbourhood prompts at which the wanted answer is the more probable, by its first token. `... full`: by the
+    mean log-probability over the whole answer. Answers that share their first token count as failures."""
+    pairs = list(zip(scored[::2], scored[1::2]))                    # (new, true) of each prompt
     n = len(row["paraphrase_prompts"])
-    first = [new.logprobs[0] - true.logprobs[0] for new, true in pairs]
+    first = [new.logprobs[0] - true.logprobs[0] if new.first != true.first else 0.0 for new, true in pairs]
     whole = [sum(a.logprobs[:-1]) / len(a.logprobs[:-1]) - sum(b.logprobs[:-1]) / len(b.logprobs[:-1])
              for a, b in pairs]
-    out = {"accuracy": float(all(pairs[0][0].greedy))}                      # greedy text is the new answer, EOS too
+    # Greedy text: the new answer and EOS, or still the true one.
+    out = {"accuracy": float(all(pairs[0][0].greedy)), "recalls true": float(all(pairs[0][1].greedy))}
     for suffix, d in (("", first), (" full", whole)):
         out["ES" + suffix] = float(d[0] > 0)
         if n:
@@ -384,5 +379,7 @@ def load_rows(task, path=None, toy=False, limit=None):
         raise ValueError(f"{path}: no rows")
     for where, row in rows[:limit]:
         check_row(where, row, TASKS[task].fields)
+        if "{}" not in row["requested_rewrite"]["prompt"]:
+            raise ValueError(f"{where}: field requested_rewrite.prompt has no {{}} for the subject")
     rows = [row for _, row in rows[:limit]]
     return rows, rows

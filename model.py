@@ -1,23 +1,23 @@
 """Qwen2.5 and Gemma-3 text models from scratch, with MoLF's experts built into every linear layer.
 
-    python model.py toy "Once upon a time"               # continue a prompt, greedily
-    python model.py toy "Once upon a time" 0.8           # ... at temperature 0.8
+    python model.py toy "Tamo Veril was born in"         # continue a prompt, greedily
+    python model.py toy "Tamo Veril was born in" 0.8     # ... at temperature 0.8
 
-Every target linear holds a list of experts, and its forward pass always uses all of them (arXiv 2605.07111):
+Every target linear holds a list of experts, and its forward pass uses them all (arXiv 2605.07111):
 
     W_eff = W + sum_i s_i B_i A_i        s_i = alpha / sqrt(r_i)   (rsLoRA, arXiv 2312.03732)
 
-The forward pass needs only W_eff, so where the full expert W trains we keep W_eff itself as the layer's weight
-("folded"). The layer is then as fast as a plain linear, and its one gradient G = dL/dW_eff gives every expert's:
+The forward pass needs only W_eff, so where the full expert W trains, W_eff itself is the layer's weight
+("folded"): as fast as a plain linear, and its one gradient G = dL/dW_eff gives that of every expert.
 
     loss.backward()          # G, in weight.grad
     unfold(model)            # dL/dW = G    dL/dB = s G A'    dL/dA = s B' G
     optimizer.step()         # moves W, or A and B
     fold(model)              # weight <- W + sum s B A, rounded once to the weight's dtype
 
-Sequences are packed, never padded: the model runs on one row of N tokens, and `Packed` says where each sequence
-begins. Module and parameter names are Hugging Face's, so loading and saving need no table of names.
-References: Qwen2.5 (arXiv 2412.15115), Gemma 3 (arXiv 2503.19786), RoPE (arXiv 2104.09864).
+Sequences are packed, never padded: the model runs on one row of N tokens. Names of modules and parameters are
+Hugging Face's, so loading and saving need no table of names. References: Qwen2.5 (arXiv 2412.15115), Gemma 3
+(arXiv 2503.19786), RoPE (arXiv 2104.09864).
 """
 import inspect
 import json
@@ -39,16 +39,18 @@ from torch.utils.checkpoint import checkpoint
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LOGIT_ROWS = 2048       # rows of logits alive at once in the loss: 2048 x 262k (Gemma) in fp32 is 2 GiB
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # configuration: a Hugging Face config.json, old or new spelling
 
-# What a checkpoint's config.json may leave out (the multimodal Gemma-3 files state only what differs).
+# What config.json may leave out (the multimodal Gemma-3 files state only what differs from these).
 QWEN = dict(rms_norm_eps=1e-6, max_position_embeddings=32768, tie_word_embeddings=False, hidden_act="silu",
             rope_theta=10000.0)
 GEMMA = dict(vocab_size=262208, num_attention_heads=8, num_key_value_heads=4, head_dim=256, rms_norm_eps=1e-6,
              max_position_embeddings=131072, tie_word_embeddings=True, hidden_activation="gelu_pytorch_tanh",
              rope_theta=1e6, rope_local_base_freq=1e4, query_pre_attn_scalar=256, sliding_window=4096,
              sliding_window_pattern=6, bos_token_id=2, eos_token_id=1, pad_token_id=0)
+COPIED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+          "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings")
 
 
 @dataclass
@@ -60,102 +62,97 @@ class Config:
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
-    head_dim: int                   # not hidden_size / heads in Gemma
+    head_dim: int                   # in Gemma not hidden_size / heads
     rms_norm_eps: float
     tie_word_embeddings: bool
     max_position_embeddings: int
     softmax_scale: float
     layer_types: list               # "full_attention" or "sliding_attention", one a layer
-    sliding_window: int             # a sliding layer's token sees itself and window - 1 before it
-    rope: dict                      # layer type -> (theta, factor): angles are pos / factor * theta^(-2i/head_dim)
+    sliding_window: int             # a token of a sliding layer sees itself and window - 1 before it
+    rope: dict                      # layer type -> (theta, factor): angle = pos / factor / theta^(2i/head_dim)
     dtype: torch.dtype              # of the stored weights
     raw: dict                       # config.json of the text model, to be written back
 
     @classmethod
     def from_dict(cls, raw):
-        """From a parsed config.json; ValueError if it is of another family or asks for what is not built here."""
-        kind = raw.get("model_type")
-        if kind == "gemma3" and "text_config" in raw:       # a multimodal checkpoint: its text part
-            outer, raw = raw, dict(raw["text_config"], model_type="gemma3_text")
-            raw |= {k: outer[k] for k in ("eos_token_id", "bos_token_id", "pad_token_id", "tie_word_embeddings",
-                                          "torch_dtype", "dtype") if k in outer and k not in raw}
-        elif kind not in ("qwen2", "gemma3_text"):
-            raise ValueError(f"model_type {kind!r} is not supported: qwen2 (Qwen2.5) and gemma3_text (Gemma-3) are")
+        """From a parsed config.json; ValueError for another family, or for what is not built here."""
+        if raw.get("model_type") == "gemma3" and "text_config" in raw:      # multimodal: take its text part
+            keys = {"eos_token_id", "bos_token_id", "pad_token_id", "tie_word_embeddings", "torch_dtype", "dtype"}
+            raw = {k: raw[k] for k in keys & set(raw)} | raw["text_config"] | {"model_type": "gemma3_text"}
+        if raw.get("model_type") not in ("qwen2", "gemma3_text"):
+            raise ValueError(f"model_type {raw.get('model_type')!r} is not supported: qwen2 (Qwen2.5) and "
+                             f"gemma3_text (Gemma-3) are")
         gemma = raw["model_type"] == "gemma3_text"
         raw = (GEMMA if gemma else QWEN) | raw
-        need = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        if missing := [k for k in need if k not in raw]:
+        if missing := [k for k in COPIED if k not in raw]:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
-        act = raw.get("hidden_activation") if gemma else raw.get("hidden_act")
+        act = raw["hidden_activation" if gemma else "hidden_act"]
         if act != ("gelu_pytorch_tanh" if gemma else "silu"):
             raise ValueError(f"activation {act!r} is not supported in {raw['model_type']}")
         for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
             if raw.get(key):
                 raise ValueError(f"{key} = {raw[key]} is not supported")
-        n, heads = raw["num_hidden_layers"], raw["num_attention_heads"]
+        n, heads, types = raw["num_hidden_layers"], raw["num_attention_heads"], raw.get("layer_types")
         head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
-        types = raw.get("layer_types")
         if types is None and gemma:     # every sixth layer is global
             every = raw.get("_sliding_window_pattern") or raw["sliding_window_pattern"]
             types = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(n)]
         elif types is None:             # Qwen's sliding window is off in the released models
             first = raw.get("max_window_layers", n) if raw.get("use_sliding_window") else n
             types = ["sliding_attention" if i >= first else "full_attention" for i in range(n)]
-        scalar = raw["query_pre_attn_scalar"] if gemma else head_dim
-        return cls(
-            gemma=gemma, head_dim=head_dim, num_key_value_heads=raw.get("num_key_value_heads") or heads,
-            softmax_scale=scalar ** -0.5, layer_types=types, sliding_window=raw.get("sliding_window") or 0,
-            rope={t: _rope(raw, t, gemma) for t in set(types)}, raw=raw,
-            dtype=getattr(torch, raw.get("dtype") or raw.get("torch_dtype") or "float32"),
-            **{k: raw[k] for k in need}, **{k: raw[k] for k in ("rms_norm_eps", "tie_word_embeddings",
-                                                                "max_position_embeddings")})
+        return cls(gemma=gemma, head_dim=head_dim, raw=raw,
+                   num_key_value_heads=raw.get("num_key_value_heads") or heads,
+                   softmax_scale=(raw["query_pre_attn_scalar"] if gemma else head_dim) ** -0.5,
+                   layer_types=types, sliding_window=raw.get("sliding_window") or 0,
+                   rope={t: rope_of(raw, t, gemma) for t in set(types)},
+                   dtype=getattr(torch, raw.get("dtype") or raw.get("torch_dtype") or "float32"),
+                   **{k: raw[k] for k in COPIED})
 
 
-def _rope(raw, layer_type, gemma):
-    """(theta, factor) of a layer type. New files: rope_parameters, per layer type in Gemma. Old ones: rope_theta with
-    rope_scaling, which in Gemma speak of the global layers only."""
-    new = raw.get("rope_parameters")
-    if new:
-        params = new.get(layer_type, new)
+def rope_of(raw, layer_type, gemma):
+    """(theta, factor) of a layer type. New files: rope_parameters, in Gemma one for each layer type. Old ones:
+    rope_theta and rope_scaling, which in Gemma speak of the global layers only."""
+    if raw.get("rope_parameters"):
+        params = raw["rope_parameters"].get(layer_type, raw["rope_parameters"])
     elif gemma and layer_type == "sliding_attention":
         params = {"rope_theta": raw["rope_local_base_freq"]}
     else:
         params = {"rope_theta": raw["rope_theta"]} | (raw.get("rope_scaling") or {})
     kind = params.get("rope_type") or params.get("type") or "default"
     if kind not in ("default", "linear"):
-        raise ValueError(f"rope scaling {kind!r} is not supported (default and linear are): "
-                         f"take it out of config.json to run the model unscaled")
-    return params["rope_theta"], params.get("factor", 1.0) if kind == "linear" else 1.0
+        raise ValueError(f"rope scaling {kind!r} is not supported (default and linear are): take it out of "
+                         f"config.json to run the model unscaled")
+    return params["rope_theta"], params["factor"] if kind == "linear" else 1.0
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # who attends to whom: packed sequences, and a cache for generation
 
 class Packed:
-    """S sequences end to end in one row of N tokens. A token sees its own sequence's tokens up to itself."""
+    """S sequences end to end in one row of N tokens. A token sees its own sequence up to itself."""
 
     def __init__(self, lengths, device="cpu"):
-        n = torch.tensor(lengths, device=device)                                        # (S,)
+        n = torch.tensor(lengths, device=device)                                            # (S,)
         self.max_len = max(lengths)
-        self.cu_seqlens = F.pad(n.cumsum(0), (1, 0)).int()                              # (S + 1,)
-        self.seq = torch.repeat_interleave(torch.arange(len(lengths), device=device), n)    # (N,)
-        self.pos = torch.arange(len(self.seq), device=device) - self.cu_seqlens[:-1].long()[self.seq]   # (N,)
+        self.cu_seqlens = F.pad(n.cumsum(0), (1, 0)).int()                                  # (S + 1,)
+        self.seq = torch.repeat_interleave(torch.arange(len(n), device=device), n)          # (N,)
+        self.pos = torch.arange(len(self.seq), device=device) - self.cu_seqlens[self.seq]   # (N,)
 
     def attend(self, q, k, v, layer, scale, window):
         """q (N, H, D), k and v (N, Hkv, D) -> (N, H, D); window 0 means no window."""
         if q.is_cuda and q.dtype != torch.float32:
             gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-            left = window - 1 if window else -1
             return varlen_attn(q, k, v, self.cu_seqlens, self.cu_seqlens, self.max_len, self.max_len,
-                               scale=scale, window_size=(left, 0), **gqa)
-        # Elsewhere: only here are the sequences padded, on the right, so that every row sees at least itself and
-        # a causal mask is all it takes (a row that sees nothing would be NaN: pytorch/pytorch#103749).
+                               scale=scale, window_size=(window - 1 if window else -1, 0), **gqa)
+        # Elsewhere sequences are padded for this one operation, on the right: every row sees at least itself
+        # (one that sees nothing would be NaN: pytorch/pytorch#103749), and a causal mask is all it takes.
         L = self.max_len
-        rows = (self.cu_seqlens[:-1, None] + torch.arange(L, device=q.device)).clamp_max(len(q) - 1)    # (S, L)
-        q, k, v = (t[rows].transpose(1, 2) for t in (q, k, v))                          # (S, H or Hkv, L, D)
+        rows = self.cu_seqlens[:-1, None] + torch.arange(L, device=q.device)                # (S, L)
+        rows = rows.clamp_max(len(q) - 1)
+        q, k, v = (t[rows].transpose(1, 2) for t in (q, k, v))                              # (S, H, L, D)
         if 0 < window < L:
             i = torch.arange(L, device=q.device)
-            mask = (i[:, None] >= i) & (i[:, None] - i < window)                        # (L, L)
+            mask = (i[:, None] >= i) & (i[:, None] - i < window)                            # (L, L)
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         else:
@@ -164,40 +161,36 @@ class Packed:
 
 
 class KVCache:
-    """Keys and values of B sequences of unequal lengths. First call: their packed prompts; then one token each."""
+    """Keys and values of B sequences of any lengths. First come their packed prompts, then one token each."""
 
-    def __init__(self, config, lengths, max_len, dtype, device):
-        shape = (len(lengths), config.num_key_value_heads, max_len, config.head_dim)
-        self.k, self.v = ([torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-                          for _ in range(2))
+    def __init__(self, c, lengths, max_len, dtype, device):
+        shape = (c.num_hidden_layers, 2, len(lengths), c.num_key_value_heads, max_len, c.head_dim)
+        self.kv = torch.zeros(shape, dtype=dtype, device=device)
         self.prompts = Packed(lengths, device)
         self.seq, self.pos = self.prompts.seq, self.prompts.pos
 
     def begin_decoding(self):
-        """After the prompts: from here on there is one token a sequence, at the position behind its prompt."""
-        self.pos = self.prompts.cu_seqlens.diff().long()                                # (B,)
-        self.seq = torch.arange(len(self.pos), device=self.pos.device)
-        self.prompts = None
+        """From here on there is one token a sequence, at the position behind its prompt."""
+        self.pos = self.prompts.cu_seqlens.diff().long()                                    # (B,)
+        self.seq, self.prompts = torch.arange(len(self.pos), device=self.pos.device), None
 
     def attend(self, q, k, v, layer, scale, window):
-        self.k[layer][self.seq, :, self.pos] = k
-        self.v[layer][self.seq, :, self.pos] = v
+        keys, values = self.kv[layer]                                                       # (B, Hkv, T, D)
+        keys[self.seq, :, self.pos], values[self.seq, :, self.pos] = k, v
         if self.prompts is not None:
             return self.prompts.attend(q, k, v, layer, scale, window)
-        keys, values = self.k[layer], self.v[layer]                                     # (B, Hkv, T, D)
         t, pos = torch.arange(keys.shape[2], device=q.device), self.pos[:, None]
-        mask = (t <= pos) & (t > pos - window) if window else t <= pos                  # (B, T)
-        # The heads that share a key head are that head's queries: no copy of keys and values is needed.
-        grouped = q.unflatten(1, (keys.shape[1], -1))                                   # (B, Hkv, H/Hkv, D)
-        y = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask[:, None, None], scale=scale)
-        return y.flatten(1, 2)
+        mask = (t <= pos) & (t > pos - window) if window else t <= pos                      # (B, T)
+        # Query heads that share a key head become that head's queries: keys and values need no copies.
+        q = q.unflatten(1, (keys.shape[1], -1))                                         # (B, Hkv, H/Hkv, D)
+        return F.scaled_dot_product_attention(q, keys, values, mask[:, None, None], scale=scale).flatten(1, 2)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the model
 
 class RMSNorm(nn.Module):
-    """Computed in fp32. Gemma stores w with (1 + w) as the factor and multiplies before it rounds, Qwen after."""
+    """In fp32. Gemma's factor is (1 + w) and it multiplies before it rounds, Qwen after."""
 
     def __init__(self, dim, eps, gemma):
         super().__init__()
@@ -211,13 +204,13 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """RoPE on x (N, heads, D): the pairs are (i, i + D/2), Hugging Face's order. cos and sin are (N, 1, D/2)."""
+    """RoPE on x (N, heads, D). Pairs are (i, i + D/2), Hugging Face's order. cos and sin are (N, 1, D/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 class Attention(nn.Module):
-    def __init__(self, c: Config, layer):
+    def __init__(self, c, layer):
         super().__init__()
         bias = c.raw.get("attention_bias", not c.gemma)         # Qwen2 has biases on q, k and v, none on o
         q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
@@ -240,7 +233,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, c: Config):
+    def __init__(self, c):
         super().__init__()
         self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
         self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
@@ -249,11 +242,12 @@ class MLP(nn.Module):
 
     def forward(self, x):
         gate = self.gate_proj(x)
-        return self.down_proj((F.gelu(gate, approximate="tanh") if self.gemma else F.silu(gate)) * self.up_proj(x))
+        gate = F.gelu(gate, approximate="tanh") if self.gemma else F.silu(gate)
+        return self.down_proj(gate * self.up_proj(x))
 
 
 class Block(nn.Module):
-    def __init__(self, c: Config, layer):
+    def __init__(self, c, layer):
         super().__init__()
         self.self_attn, self.mlp, self.gemma = Attention(c, layer), MLP(c), c.gemma
         names = ["input_layernorm", "post_attention_layernorm"]
@@ -262,7 +256,7 @@ class Block(nn.Module):
 
     def forward(self, x, rope, layout):
         y = self.self_attn(self.input_layernorm(x), rope, layout)
-        if self.gemma:      # "sandwich": each branch is normed on its way in and on its way out
+        if self.gemma:      # "sandwich": a branch is normed on its way in and on its way out
             x = x + self.post_attention_layernorm(y)
             return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
         x = x + y           # here post_attention_layernorm is, despite its name, the norm before the MLP
@@ -272,30 +266,30 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """model(ids (B, T)) -> logits (B, T, V). `hidden` and `loss` take packed rows."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config):
         super().__init__()
         c = self.config = config
-        self.source = None                  # the directory it was loaded from: its tokenizer travels with exports
+        self.source = None              # the directory it came from: its tokenizer travels with exports
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(c.vocab_size, c.hidden_size),
             "layers": nn.ModuleList(Block(c, i) for i in range(c.num_hidden_layers)),
             "norm": RMSNorm(c.hidden_size, c.rms_norm_eps, c.gemma)})
-        if not c.tie_word_embeddings:       # tied models have no lm_head at all, so none can be saved by mistake
+        if not c.tie_word_embeddings:   # a tied model has no lm_head at all: none is saved by mistake
             self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         for p in self.parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=c.raw.get("initializer_range", 0.02))
-        self.checkpointing = False          # recompute each block in the backward pass: slower, far less memory
+        self.checkpointing = False      # recompute each block in the backward pass: slower, far less memory
 
     def hidden(self, ids, layout):
         """ids (N,) -> the final normed hidden states (N, C)."""
         c, x = self.config, self.model["embed_tokens"](ids)
-        if c.gemma:     # the scale is rounded to the weight's dtype, 33.94 -> 34.0 (huggingface/transformers#29402)
+        if c.gemma:     # the scale is rounded to the weights' dtype, 33.94 -> 34 (transformers#29402)
             x = x * torch.tensor(c.hidden_size ** 0.5, dtype=x.dtype)
         rope = {}
         for kind, (theta, factor) in c.rope.items():
             half = torch.arange(0, c.head_dim, 2, device=ids.device, dtype=torch.float32) / c.head_dim
-            angle = layout.pos[:, None, None] * (theta ** -half / factor)               # (N, 1, D/2), in fp32
+            angle = layout.pos[:, None, None] * (theta ** -half / factor)               # (N, 1, D/2), fp32
             rope[kind] = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         for block, kind in zip(self.model["layers"], c.layer_types):
             if self.checkpointing and torch.is_grad_enabled():
@@ -306,16 +300,17 @@ class Transformer(nn.Module):
 
     def logits(self, x):
         """x (..., C) -> (..., V), in the weights' dtype."""
-        return F.linear(x, self.model["embed_tokens"].weight if self.config.tie_word_embeddings else self.lm_head.weight)
+        head = self.model["embed_tokens"] if self.config.tie_word_embeddings else self.lm_head
+        return F.linear(x, head.weight)
 
     def forward(self, ids):
-        B, T = ids.shape
-        return self.logits(self.hidden(ids.reshape(-1), Packed([T] * B, ids.device))).unflatten(0, (B, T))
+        layout = Packed([ids.shape[1]] * len(ids), ids.device)
+        return self.logits(self.hidden(ids.flatten(), layout)).unflatten(0, ids.shape)
 
     def loss(self, ids, layout, where, labels):
-        """Sum (not mean) of the cross-entropy in fp32: the token at where[i] of the row predicts labels[i]. The
-        caller divides by the number of targets of the whole optimizer batch, so any cut into micro-batches gives
-        the same gradient. Only target positions meet the vocabulary, LOGIT_ROWS at a time."""
+        """Sum (not mean) of the cross-entropy in fp32: the token at where[i] of the row predicts labels[i].
+        Divided by the targets of the whole optimizer batch, any cut into micro-batches gives one gradient. Only
+        target positions meet the vocabulary, LOGIT_ROWS at a time."""
         def cross_entropy(x, y):
             return F.cross_entropy(self.logits(x).float(), y, reduction="sum")
         pieces = list(zip(self.hidden(ids, layout)[where].split(LOGIT_ROWS), labels.split(LOGIT_ROWS)))
@@ -325,42 +320,38 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, eos_ids=(), temperature=0.0, generator=None):
-        """Continue each prompt (a list of token ids) until an EOS or max_new_tokens. Greedy at temperature 0.
-        -> the list of new tokens of each prompt, the EOS left in."""
+        """Continue prompts (lists of token ids) until an EOS or max_new_tokens; greedy at temperature 0.
+        -> the new tokens of each prompt, with the EOS."""
         if not prompts or not all(prompts):
             raise ValueError("generate needs prompts of at least one token each")
-        device, lengths = self.model["embed_tokens"].weight.device, [len(p) for p in prompts]
-        cache = KVCache(self.config, lengths, max(lengths) + max_new_tokens,
-                        self.model["embed_tokens"].weight.dtype, device)
-        eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
-        x = self.hidden(torch.tensor(sum(prompts, []), device=device), cache)
-        x = x[cache.prompts.cu_seqlens[1:].long() - 1]                                  # (B, C)
+        weight, lengths = self.model["embed_tokens"].weight, [len(p) for p in prompts]
+        cache = KVCache(self.config, lengths, max(lengths) + max_new_tokens, weight.dtype, weight.device)
+        x = self.hidden(torch.tensor(sum(prompts, []), device=weight.device), cache)
+        x = x[cache.prompts.cu_seqlens[1:].long() - 1]                                      # (B, C)
         cache.begin_decoding()
-        out, done = [], torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        for _ in range(max_new_tokens):
+        eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=weight.device)
+        out, done = [], torch.zeros(len(prompts), dtype=torch.bool, device=weight.device)
+        while True:
             logits = self.logits(x).float()
-            if temperature == 0:
-                token = logits.argmax(-1)
-            else:
-                token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
-            out.append(token)
-            done |= torch.isin(token, eos)
-            if len(out) == max_new_tokens or done.all():                                # sync: once a token
+            out.append(logits.argmax(-1) if temperature == 0 else
+                       torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0])
+            done |= torch.isin(out[-1], eos)
+            if len(out) == max_new_tokens or done.all():        # a sync, once a token
                 break
-            x = self.hidden(token, cache)
+            x = self.hidden(out[-1], cache)
             cache.pos = cache.pos + 1
         rows = torch.stack(out, dim=1).tolist()
-        cut = [next((i + 1 for i, t in enumerate(row) if t in eos_ids), len(row)) for row in rows]
-        return [row[:n] for row, n in zip(rows, cut)]
+        ends = [next((i + 1 for i, t in enumerate(row) if t in eos_ids), len(row)) for row in rows]
+        return [row[:n] for row, n in zip(rows, ends)]
 
     @classmethod
     def from_pretrained(cls, path_or_repo, dtype=None, device="cpu"):
-        """A directory or hub id with config.json and safetensors -> the model. dtype None keeps the stored one."""
+        """"toy", a directory, or a hub id -> the model. dtype None keeps the stored one."""
         source = find_checkpoint(path_or_repo)
         config = read_config(source)
         config.dtype = dtype or config.dtype
         if config.gemma and config.dtype == torch.float16:
-            raise ValueError("Gemma-3's activations overflow fp16 (they reach 800,000): use bf16 or fp32")
+            raise ValueError("Gemma-3's activations (up to 800,000) overflow fp16: use bfloat16 or float32")
         with torch.device("meta"):
             model = cls(config)
         model.source = source
@@ -369,16 +360,18 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def save_pretrained(self, directory, dtype=None):
-        """Write a checkpoint that `transformers` loads: config, merged weights, tokenizer and generation files."""
+        """Write what `transformers` loads: config, merged weights, tokenizer and generation files."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         dtype = dtype or self.model["embed_tokens"].weight.dtype
-        expert = {f"{n}.{k}" for n, m in self.named_modules() if isinstance(m, MoLFLinear)
-                  for k in m.expert_names()}
-        merged = {f"{n}.weight": m for n, m in self.named_modules() if isinstance(m, MoLFLinear)}
-        state = {name: (merged[name].merged() if name in merged else p).to("cpu", dtype).contiguous()
-                 for name, p in self.state_dict().items() if name not in expert}
-        raw = {k: v for k, v in self.config.raw.items() if k not in ("torch_dtype", "dtype")}
+        state = self.state_dict()
+        for name, layer in self.named_modules():
+            if isinstance(layer, MoLFLinear):
+                for expert in [n for n, _ in layer.named_parameters() if n not in ("weight", "bias")]:
+                    del state[f"{name}.{expert}"]
+                state[f"{name}.weight"] = layer.merged()
+        state = {name: p.to("cpu", dtype).contiguous() for name, p in state.items()}
+        raw = {k: v for k, v in self.config.raw.items() if k != "dtype"}
         raw |= {"architectures": ["Gemma3ForCausalLM" if self.config.gemma else "Qwen2ForCausalLM"],
                 "torch_dtype": str(dtype).removeprefix("torch.")}
         if self.source and self.source.resolve() != directory.resolve():
@@ -386,19 +379,19 @@ class Transformer(nn.Module):
                 if f.suffix in (".json", ".txt", ".model", ".jinja") and f.name != "config.json" \
                         and not f.name.endswith(".index.json"):
                     shutil.copyfile(f, directory / f.name)
-        save_safely(lambda path: save_file(state, path, metadata={"format": "pt"}), directory / "model.safetensors")
-        save_safely(lambda path: Path(path).write_text(json.dumps(raw, indent=2) + "\n"), directory / "config.json")
+        save_safely(directory / "model.safetensors", lambda path: save_file(state, path, {"format": "pt"}))
+        save_safely(directory / "config.json", json.dumps(raw, indent=2) + "\n")
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # MoLF: the experts of a linear layer
 
 class MoLFLinear(nn.Linear):
-    """A linear whose weight is a sum of experts, W + sum_i s_i B_i A_i; the base weight W may be one that trains.
+    """A linear whose weight is a sum of experts, W + sum_i s_i B_i A_i. Experts are fp32 always.
 
-    Folded (the full expert trains, no dropout): `weight` is W_eff in the model's dtype, `full` is W in fp32, and
-    `unfold` and `fold` carry gradients out and new weights in. Else two paths: `weight` is W, and autograd gives
-    A's and B's gradients, so that no full-size gradient exists on a frozen base. Experts are fp32, always."""
+    Folded (the full expert trains, no dropout): `weight` is W_eff in the model's dtype, `full` is W; `unfold`
+    and `fold` carry gradients out and new weights in. Else two paths: `weight` is W, and autograd gives the
+    gradients of A and B, so that a frozen base needs no full-size gradient."""
 
     def __init__(self, linear, ranks, alpha, full, dropout):
         nn.Module.__init__(self)
@@ -417,20 +410,17 @@ class MoLFLinear(nn.Linear):
             self.full.grad_dtype = None         # takes G as it is, bf16 on a GPU: no fp32 copy of it
 
     def experts(self):
-        """[(kind, scale, parameters)], the full expert first. Yields what the optimizer routes between."""
-        trains_w = [self.full] if self.folded else [self.weight] if self.weight.requires_grad else []
-        return [("full", 1.0, [w]) for w in trains_w] + \
+        """[(kind, scale, parameters)], the full expert first: what the optimizer routes between."""
+        full = [self.full] if self.folded else [self.weight] if self.weight.requires_grad else []
+        return [("full", 1.0, [w]) for w in full] + \
                [("lora", s, [a, b]) for s, a, b in zip(self.scales, self.A, self.B)]
-
-    def expert_names(self):
-        return [n for n, _ in self.named_parameters() if n not in ("weight", "bias")]
 
     def stacked(self):
         """All LoRA experts as one of rank R = sum r_i: A (R, in), and B (out, R) with the scales inside."""
         return torch.cat(list(self.A)), torch.cat([s * b for s, b in zip(self.scales, self.B)], dim=1)
 
     def merged(self):
-        """W_eff. Of a folded layer it is the weight that training ran with, bit for bit; else summed in fp32."""
+        """W_eff. Folded: the weight that training ran with, bit for bit. Else summed in fp32."""
         if self.folded or not self.ranks:
             return self.weight
         a, b = self.stacked()
@@ -441,16 +431,17 @@ class MoLFLinear(nn.Linear):
         if self.folded or not self.ranks:
             return y
         a, b = self.stacked()
-        return y + F.linear(F.linear(F.dropout(x, self.dropout, self.training), a.to(x.dtype)), b.to(x.dtype))
+        x = F.dropout(x, self.dropout, self.training)
+        return y + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
 
 
 def add_experts(model, ranks=(128,), alpha=32, full=True, dropout=0.0, targets=TARGETS, train_rest=None):
-    """Put experts into every nn.Linear of `model` whose name ends in one of `targets`. Any nn.Module will do.
+    """Put experts into every nn.Linear of `model`, any nn.Module, whose name ends in one of `targets`.
 
-        fft = add_experts(m, ranks=())              lora   = add_experts(m, full=False)
-        molf = add_experts(m)                       molf-e = add_experts(m, ranks=(32, 128), full=False)
+        fft:  add_experts(m, ranks=())              lora:   add_experts(m, full=False)
+        molf: add_experts(m)                        molf-e: add_experts(m, ranks=(32, 128), full=False)
 
-    `train_rest`: whether embedding, norms, biases and head train too; None means as in the paper, where `full`.
+    train_rest: whether embedding, norms, biases and head train; None means as in the paper, where `full`.
     Move the model to its device and dtype first. -> the list of MoLFLinears."""
     if not ranks and not full:
         raise ValueError("no expert to train: give ranks, or full=True")
@@ -476,55 +467,50 @@ def folded_layers(model):
 def unfold(model):
     """One G -> the exact gradient of every expert. Call it between backward and the optimizer's step."""
     for layer in folded_layers(model):
-        G, layer.weight.grad = layer.weight.grad, None                                  # (out, in)
+        G, layer.weight.grad = layer.weight.grad, None                      # (out, in)
         if G is None:
-            continue            # this layer took no part in the loss
-        layer.full.grad = G                                                             # dL/dW = G
+            continue                                                        # it took no part in the loss
+        layer.full.grad = G                                                 # dL/dW = G
         for s, a, b in zip(layer.scales, layer.A, layer.B):
             g = G.to(a.dtype)
-            b.grad = s * (g @ a.T)                                                      # dL/dB = s G A'   (out, r)
-            a.grad = s * (b.T @ g)                                                      # dL/dA = s B' G   (r, in)
+            b.grad = s * (g @ a.T)                                          # dL/dB = s G A'   (out, r)
+            a.grad = s * (b.T @ g)                                          # dL/dA = s B' G   (r, in)
 
 
 @torch.no_grad()
 def fold(model):
     """weight <- W + sum s B A, in fp32 and rounded once. Call it after the optimizer's step."""
     for layer in folded_layers(model):
-        w = layer.full
-        if layer.ranks:
-            a, b = layer.stacked()
-            w = torch.addmm(w, b, a)
-        layer.weight.copy_(w)
+        layer.weight.copy_(torch.addmm(layer.full, *reversed(layer.stacked())) if layer.ranks else layer.full)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # checkpoints in Hugging Face format
 
 def find_checkpoint(path_or_repo):
-    """A local directory as it is; "toy" as the embedded one; else a hub id, downloaded. -> Path"""
-    if str(path_or_repo) == "toy":
-        return Path(__file__).parent / "toy"
-    path = Path(path_or_repo)
+    """A local directory as it is, "toy" as the embedded one, else a hub id, downloaded. -> Path"""
+    name = str(path_or_repo)
+    path = Path(__file__).parent / "toy" if name == "toy" else Path(name)
     if path.is_dir():
         return path
-    if path.is_absolute() or str(path_or_repo).count("/") != 1 or str(path_or_repo).startswith("."):
-        raise FileNotFoundError(f"no directory {path_or_repo}: give toy, a directory with config.json and "
+    if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise FileNotFoundError(f"no directory {name}: give toy, a directory with config.json and "
                                 f"safetensors, or a hub id like Qwen/Qwen2.5-0.5B")
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(str(path_or_repo), allow_patterns=["*.json", "*.safetensors", "*.txt",
-                                                                        "tokenizer.model", "*.jinja"]))
-    except Exception as e:      # the hub library has many kinds, all to the same end; its own words stay in ours
-        url, first = f"https://huggingface.co/{path_or_repo}", str(e).strip().split("\n")[0]
-        raise OSError(f"cannot download {url} ({type(e).__name__}: {first}). A gated model: accept its licence at "
-                      f"that address and set HF_TOKEN. No network: download it elsewhere and give the directory, or, "
-                      f"if it is in the cache, set HF_HUB_OFFLINE=1.") from e
+        files = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
+        return Path(snapshot_download(name, allow_patterns=files))
+    except Exception as e:      # the hub library has dozens of kinds; whichever it is, its words are in ours
+        raise OSError(
+            f"cannot download https://huggingface.co/{name} ({type(e).__name__}: {str(e).splitlines()[0]}). If the "
+            f"model is gated, accept its licence at that address and set HF_TOKEN; without a network give a local "
+            f"directory, or set HF_HUB_OFFLINE=1 if the model is in the cache") from e
 
 
 def read_config(directory):
     path = Path(directory) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: a checkpoint directory has config.json and *.safetensors")
+        raise FileNotFoundError(f"{path} is missing: a checkpoint has config.json and *.safetensors")
     try:
         return Config.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as e:
@@ -532,13 +518,11 @@ def read_config(directory):
 
 
 def load_weights(model, directory, dtype, device):
-    """Fill a model built on the meta device from model.safetensors or its sharded index; every tensor is accounted
+    """Fill a model on the meta device from model.safetensors or its sharded index; every tensor is accounted
     for. Of a multimodal Gemma-3 the text part is taken, under either of its two prefixes."""
-    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    index, files = directory / "model.safetensors.index.json", [directory / "model.safetensors"]
     if index.is_file():
         files = sorted({directory / f for f in json.loads(index.read_text())["weight_map"].values()})
-    else:
-        files = [single]
     want, got, unexpected, wrong = dict(model.named_parameters()), {}, [], []
     for file in files:
         if not file.is_file():
@@ -546,47 +530,43 @@ def load_weights(model, directory, dtype, device):
         try:
             with safe_open(file, "pt", device=str(device)) as f:
                 for key in f.keys():
-                    name = key.replace("language_model.model.", "model.").replace("model.language_model.", "model.")
-                    name = name.replace("language_model.lm_head.", "lm_head.")
-                    if "vision_tower." in name or "multi_modal_projector." in name:
+                    if "vision_tower." in key or "multi_modal_projector." in key:
                         continue
+                    name = key.replace("model.language_model.", "model.").removeprefix("language_model.")
                     if name == "lm_head.weight" and model.config.tie_word_embeddings:
                         continue        # a copy of the embedding
                     if name not in want:
                         unexpected.append(name)
-                    elif list(want[name].shape) != f.get_slice(key).get_shape():
-                        wrong.append(f"{name} is {f.get_slice(key).get_shape()}, not {list(want[name].shape)}")
+                    elif (shape := f.get_slice(key).get_shape()) != list(want[name].shape):
+                        wrong.append(f"{name} is {shape}, not {list(want[name].shape)}")
                     else:
                         got[name] = nn.Parameter(f.get_tensor(key).to(dtype))
         except SafetensorError as e:
-            raise ValueError(f"{file} is not a whole safetensors file ({e}): download or copy it again") from e
+            raise ValueError(f"{file} is not a whole safetensors file ({e}): get it again") from e
     for what, names in (("wrong shapes", wrong), ("missing tensors", [n for n in want if n not in got]),
                         ("unexpected tensors", unexpected)):
         if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise ValueError(f"{directory}: {what}: {', '.join(names[:5])}{more}; do config.json and the weights "
-                             f"belong together?")
+            raise ValueError(f"{directory}: {len(names)} {what}: {', '.join(names[:5])}; do config.json and the "
+                             f"weights belong together?")
     model.load_state_dict(got, assign=True)
 
 
-def save_safely(write, path):
-    """write(temporary path), then rename: a good file is never replaced by half of a new one."""
-    temporary = f"{path}.tmp"
+def save_safely(path, content):
+    """Write a text, or let content(path) write, then rename: a good file is never half replaced."""
+    temporary = Path(f"{path}.tmp")
     try:
-        write(temporary)
+        content(temporary) if callable(content) else temporary.write_text(content, encoding="utf-8")
+        temporary.chmod(0o644)                  # safetensors leaves 0600
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
-    from data import Tokenizer      # only this demonstration needs it
+    from data import Tokenizer, encode_prompt
     if len(sys.argv) not in (3, 4):
         sys.exit(__doc__.split("\n\n")[1])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = Transformer.from_pretrained(sys.argv[1], device=device)
-    tokenizer = Tokenizer.from_file(model.source / "tokenizer.json")
-    prompt = [tokenizer.bos_id] * (tokenizer.bos_id is not None) + tokenizer.encode(sys.argv[2])
-    (new,) = model.generate([prompt], 100, tokenizer.eos_ids, temperature=float(sys.argv[3]) if sys.argv[3:] else 0)
+    model = Transformer.from_pretrained(sys.argv[1], device="cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer, temperature = Tokenizer.from_file(model.source), float(sys.argv[3]) if sys.argv[3:] else 0.0
+    (new,) = model.generate([encode_prompt(tokenizer, sys.argv[2])], 100, tokenizer.eos_ids, temperature)
     print(sys.argv[2] + tokenizer.decode(new))

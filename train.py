@@ -232,7 +232,7 @@ def score_targets(model, examples, max_tokens=16384):
         logprobs, greedy, n = torch.cat(logprobs).tolist(), torch.cat(greedy).tolist(), 0
         for e in batch:
             m = len(e.ids) - e.n_prompt
-            results[e.row] = data.Scored(logprobs[n:n + m], greedy[n:n + m])
+            results[e.row] = data.Scored(logprobs[n:n + m], greedy[n:n + m], e.ids[e.n_prompt])
             n += m
     return results
 
@@ -356,7 +356,7 @@ def main(argv=None):
         return None
     out.mkdir(parents=True, exist_ok=True)
     record = dict(flags=vars(a), parameters=counts, steps=steps, rows=len(examples), **provenance())
-    save_safely(lambda path: Path(path).write_text(json.dumps(record, indent=2)), out / "config.json")
+    save_safely(out / "config.json", json.dumps(record, indent=2) + "\n")
     optimizer = MoLFAdamW(param_groups(model, a.lr, a.lora_lr, a.weight_decay, a.lora_weight_decay),
                           score=SCORES[a.score], top_k=a.top_k)
     with open(out / "log.jsonl", "w") as log_file:
@@ -366,11 +366,10 @@ def main(argv=None):
             log_file.flush()
         routing = train(model, optimizer, examples, a, log)
     names = {"modules": json.dumps(optimizer.module_names)}
-    save_safely(lambda path: save_file(routing, path, metadata=names), out / "routing.safetensors")
+    save_safely(out / "routing.safetensors", lambda path: save_file(routing, path, names))
     model.save_pretrained(out / "model")
     after = evaluate(model, tokenizer, data.TASKS[a.task], eval_rows, a.max_tokens)
-    save_safely(lambda path: Path(path).write_text(json.dumps({"before": before, "after": after}, indent=2)),
-                out / "results.json")
+    save_safely(out / "results.json", json.dumps({"before": before, "after": after}, indent=2) + "\n")
     print(f"\n{'':28s}before    after   (95 % interval)   n")
     for name, x in after.items():
         print(f"{name:24s}{before[name]['value']:10.1%}{x['value']:9.1%}   ({x['low']:.1%} to {x['high']:.1%})  {x['n']}")
