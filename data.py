@@ -140,8 +140,8 @@ class Tokenizer:
         merges = model["merges"]
         merges = [m.split(" ") for m in merges] if isinstance(merges and merges[0], str) else merges
         made = [token for token, _ in groupby(map("".join, merges))]
-        # One rank for what several merges make (in Gemma's file, one for every way to cut it in two): they must
-        # be in one place. Runs that are mixed at the head of Gemma's do no harm: they grow by one at a time.
+        # A token has one rank, so all merges that make it (Gemma has one for each way to cut it) must stand
+        # together. At its head Gemma's file mixes runs: no harm, for these only grow by one at a time.
         runs = [[c * a, c * b] for a in range(30, 0, -1) for b in range(31 - a, 0, -1) for c in "\n▁\t"][:-1]
         rest = made[len(runs):] if merges[:len(runs)] == runs else made
         if len(set(rest)) < len(rest):
@@ -204,7 +204,7 @@ class Tokenizer:
             raise ValueError(f"token id {e} is not in the vocabulary (0 to {max(self.bytes)})") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # examples: one function makes a prompt's tokens, for training and evaluation alike
 
 class Example(NamedTuple):
@@ -242,14 +242,14 @@ def pack(examples):
     return ids, lengths, where, labels
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # rows: from a local file or from the data set's official source
 
 COUNTERFACT = "https://rome.baulab.info/data/dsets/counterfact.json"
 
 
 def read_rows(path):
-    """Rows of a .json (a list), .jsonl, .jsonl.gz or .parquet file -> [(where, row)], where = "FILE line N"."""
+    """Rows of a .json (a list), .jsonl, .jsonl.gz or .parquet file -> [("FILE line N", row)]."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
@@ -276,8 +276,8 @@ def read_rows(path):
 
 
 def check_row(where, row, fields):
-    """ValueError, naming file, line and field, unless every field (a dotted path) is there and a string (or, where
-    its name ends in *, a list of strings)."""
+    """ValueError, with file, line and field, unless every field (a dotted path) is there and is a string, or
+    a list of strings where its name ends in *."""
     for path in fields:
         value = row
         for key in path.rstrip("*").split("."):
@@ -287,7 +287,8 @@ def check_row(where, row, fields):
         many = path.endswith("*")
         if not (isinstance(value, list) if many else isinstance(value, str)) \
                 or many and not all(isinstance(x, str) for x in value):
-            raise ValueError(f"{where}: field {path.rstrip('*')} is not a {'list of strings' if many else 'string'}")
+            kind = "list of strings" if many else "string"
+            raise ValueError(f"{where}: field {path.rstrip('*')} is not a {kind}")
 
 
 def download(url, folder=None):
@@ -305,11 +306,11 @@ def download(url, folder=None):
             os.replace(temporary, path)
         except OSError as e:
             temporary.unlink(missing_ok=True)
-            raise OSError(f"cannot download {url} ({e}): get it by other means and give it with --data") from e
+            raise OSError(f"cannot download {url} ({e}): get it elsewhere and give it with --data") from e
     return path
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # the tasks
 
 def fact_pair(row):
@@ -326,7 +327,7 @@ def fact_queries(row):
 
 def fact_metrics(row, scored):
     """CounterFact (Meng et al. 2022, arXiv 2202.05262): ES, PS, NS, the shares of rewrite, paraphrase and
-    neighbourhood prompts at which the wanted answer is the more probable, by its first token. `... full`: by the
+    neighbourhood prompts where the wanted answer is the more probable, by its first token. `... full`: by the
     mean log-probability over the whole answer. Answers that share their first token count as failures."""
     pairs = list(zip(scored[::2], scored[1::2]))                    # (new, true) of each prompt
     n = len(row["paraphrase_prompts"])
@@ -346,8 +347,8 @@ def fact_metrics(row, scored):
 
 def med_pair(row):
     options = "".join(f"{letter}) {row['op' + letter.lower()]}\n" for letter in "ABCD")
-    return (f"Answer the medical question with the letter of the right option.\n\nQuestion: {row['question']}\n"
-            f"{options}Answer:", " " + "ABCD"[row["cop"]])
+    return (f"Answer the medical question with the letter of the right option.\n\n"
+            f"Question: {row['question']}\n{options}Answer:", " " + "ABCD"[row["cop"]])
 
 
 def sql_pair(row):
@@ -370,7 +371,7 @@ TASKS = {
 
 
 def load_rows(task, path=None, toy=False, limit=None):
-    """-> (training rows, evaluation rows). Facts are evaluated on the cases that are trained, by convention."""
+    """-> (training rows, evaluation rows). By convention facts are evaluated on the cases that train."""
     if path is None and toy:
         rows = [("toy world", r) for r in toy_facts(toy_world())]
     else:

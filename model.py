@@ -69,7 +69,7 @@ class Config:
     softmax_scale: float
     layer_types: list               # "full_attention" or "sliding_attention", one a layer
     sliding_window: int             # a token of a sliding layer sees itself and window - 1 before it
-    rope: dict                      # layer type -> (theta, factor): angle = pos / factor / theta^(2i/head_dim)
+    rope: dict                      # layer type -> (theta, factor): angle = pos / factor / theta^(2i/D)
     dtype: torch.dtype              # of the stored weights
     raw: dict                       # config.json of the text model, to be written back
 
@@ -77,7 +77,7 @@ class Config:
     def from_dict(cls, raw):
         """From a parsed config.json; ValueError for another family, or for what is not built here."""
         if raw.get("model_type") == "gemma3" and "text_config" in raw:      # multimodal: take its text part
-            keys = {"eos_token_id", "bos_token_id", "pad_token_id", "tie_word_embeddings", "torch_dtype", "dtype"}
+            keys = {"eos_token_id", "bos_token_id", "pad_token_id", "tie_word_embeddings", "torch_dtype"}
             raw = {k: raw[k] for k in keys & set(raw)} | raw["text_config"] | {"model_type": "gemma3_text"}
         if raw.get("model_type") not in ("qwen2", "gemma3_text"):
             raise ValueError(f"model_type {raw.get('model_type')!r} is not supported: qwen2 (Qwen2.5) and "
@@ -110,7 +110,7 @@ class Config:
 
 
 def rope_of(raw, layer_type, gemma):
-    """(theta, factor) of a layer type. New files: rope_parameters, in Gemma one for each layer type. Old ones:
+    """(theta, factor) of a layer type. New files: rope_parameters, in Gemma one for each layer type. Old:
     rope_theta and rope_scaling, which in Gemma speak of the global layers only."""
     if raw.get("rope_parameters"):
         params = raw["rope_parameters"].get(layer_type, raw["rope_parameters"])
@@ -309,8 +309,8 @@ class Transformer(nn.Module):
 
     def loss(self, ids, layout, where, labels):
         """Sum (not mean) of the cross-entropy in fp32: the token at where[i] of the row predicts labels[i].
-        Divided by the targets of the whole optimizer batch, any cut into micro-batches gives one gradient. Only
-        target positions meet the vocabulary, LOGIT_ROWS at a time."""
+        Divided by the targets of the whole optimizer batch, any cut into micro-batches gives one gradient.
+        Only target positions meet the vocabulary, LOGIT_ROWS at a time."""
         def cross_entropy(x, y):
             return F.cross_entropy(self.logits(x).float(), y, reduction="sum")
         pieces = list(zip(self.hidden(ids, layout)[where].split(LOGIT_ROWS), labels.split(LOGIT_ROWS)))
@@ -502,9 +502,9 @@ def find_checkpoint(path_or_repo):
         return Path(snapshot_download(name, allow_patterns=files))
     except Exception as e:      # the hub library has dozens of kinds; whichever it is, its words are in ours
         raise OSError(
-            f"cannot download https://huggingface.co/{name} ({type(e).__name__}: {str(e).splitlines()[0]}). If the "
-            f"model is gated, accept its licence at that address and set HF_TOKEN; without a network give a local "
-            f"directory, or set HF_HUB_OFFLINE=1 if the model is in the cache") from e
+            f"cannot download https://huggingface.co/{name} ({type(e).__name__}: {str(e).splitlines()[0]}). "
+            f"If the model is gated, accept its licence at that address and set HF_TOKEN; without a network "
+            f"give a local directory, or set HF_HUB_OFFLINE=1 if the model is in the cache") from e
 
 
 def read_config(directory):
@@ -546,8 +546,8 @@ def load_weights(model, directory, dtype, device):
     for what, names in (("wrong shapes", wrong), ("missing tensors", [n for n in want if n not in got]),
                         ("unexpected tensors", unexpected)):
         if names:
-            raise ValueError(f"{directory}: {len(names)} {what}: {', '.join(names[:5])}; do config.json and the "
-                             f"weights belong together?")
+            raise ValueError(f"{directory}: {len(names)} {what}: {', '.join(names[:5])}; do config.json and "
+                             f"the weights belong together?")
     model.load_state_dict(got, assign=True)
 
 

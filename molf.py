@@ -6,8 +6,8 @@ Every expert's Adam moments see every gradient. A routing rule scores the expert
     S  = score(expert)            winners = the top-k scores of the module
     w <- w - lr wd w - lr m^ / (sqrt(v^) + eps)                                  for the winners only
 
-With one expert a module this is torch.optim.AdamW. What no module routes (embedding, norms, biases) takes a plain
-AdamW step. All arithmetic is fp32; a parameter held in bf16 gets an fp32 master copy in the optimizer's state.
+With one expert a module this is torch.optim.AdamW. What is not routed (embedding, norms, biases) takes a
+plain AdamW step. All arithmetic is fp32; a parameter in bf16 has an fp32 master copy in the state.
 
     optimizer = MoLFAdamW(param_groups(model, lr=5e-5, lora_lr=5e-5), score=epd, top_k=1)
     optimizer.winners, optimizer.scores         # (modules, experts) of the last step, on the device
@@ -18,13 +18,13 @@ from typing import NamedTuple
 
 import torch
 
-# ---------------------------------------------------------------------------------------------------------------
-# ROUTING RULES: EDIT HERE. A rule is a function of one expert at one step that returns a 0-d tensor; the highest
-# scores of a module win. To try your own, write it and name it in SCORES: `train.py --score yours` finds it there.
+# ------------------------------------------------------------------------------------------------------------
+# ROUTING RULES: EDIT HERE. A rule is a function of one expert at one step that returns a 0-d tensor; the
+# highest scores of a module win. To try your own, write it and name it in SCORES: `train.py --score yours`.
 
 class Expert(NamedTuple):
-    """What a rule sees. The lists run over the expert's matrices: [W] of a full expert, [A, B] of a LoRA expert.
-    All are fp32 (the gradient of W is bf16 where the model is) and must not be changed."""
+    """What a rule sees; it must change nothing. The lists run over the expert's matrices: [W] of a full
+    expert, [A, B] of a LoRA expert. All are fp32, but for the gradient of W: that has the model's dtype."""
     kind: str           # "full" or "lora"
     w: list             # parameters: W (out, in), or A (r, in) and B (out, r)
     g: list             # gradients of this step
@@ -42,25 +42,25 @@ class Expert(NamedTuple):
 
 
 def epd(e):
-    """Expected progress, the paper's rule: S = lr/N sum m^2 / (sqrt(v) + eps), the fall of the loss that a step
-    m / (sqrt(v) + eps) promises, per parameter. Depends on matrix shapes and on the two learning rates."""
+    """The paper's rule: S = lr/N sum m^2 / (sqrt(v) + eps), the fall of the loss that the step
+    m / (sqrt(v) + eps) promises, per parameter. It depends on matrix shapes and on both learning rates."""
     return e.lr / e.numel * sum((m.square() / (v.sqrt() + e.eps)).sum() for m, v in zip(e.m, e.v))
 
 
 def pfn(e):
-    """The paper's scale-free ablation: S = rms of the step m / (sqrt(v) + eps)."""
+    """The paper's scale-free ablation: S = root mean square of the step m / (sqrt(v) + eps)."""
     return (sum((m / (v.sqrt() + e.eps)).square().sum() for m, v in zip(e.m, e.v)) / e.numel).sqrt()
 
 
 def snr(e):
-    """S = sum m^2 / sum v: the share of the gradient that is signal, not noise. Free of shape and lr."""
+    """S = sum m^2 / sum v: how much of the gradient is signal, not noise. Free of shape and learning rate."""
     return sum(m.square().sum() for m in e.m) / (sum(v.sum() for v in e.v) + 1e-30)
 
 
 def align(e):
-    """Does the direction learnt from earlier batches still help on this fresh one, per unit that it moves W_eff?
-    S = g.u / |dW_eff(u)| with u = m / (sqrt(v) + eps) from before this step. For LoRA dW_eff = s (u_B A + B u_A);
-    its norm comes from r x r Gram matrices, so no (out, in) matrix is made."""
+    """Does the direction learnt from earlier batches still help on this one, per unit that it moves W_eff?
+    S = g.u / |dW_eff(u)|, u = m / (sqrt(v) + eps) from before this step. For LoRA dW_eff = s (u_B A + B u_A);
+    r x r Gram matrices give its norm, so no (out, in) matrix is made."""
     u = [m / (v.sqrt() + e.eps) for m, v in zip(e.m_before, e.v_before)]
     gain = sum((g.float() * x).sum() for g, x in zip(e.g, u))
     if e.kind == "full":
@@ -73,18 +73,18 @@ def align(e):
 
 
 def always_full(e):
-    """No routing: with the full expert only, MoLF is full fine-tuning."""
-    return e.lr * 0 + (e.kind == "full")
+    """No routing: full fine-tuning."""
+    return torch.full_like(e.lr, e.kind == "full")
 
 
 def always_lora(e):
     """No routing: LoRA, but what is not routed (embedding, norms) trains as well."""
-    return e.lr * 0 + (e.kind == "lora")
+    return torch.full_like(e.lr, e.kind == "lora")
 
 
 def random(e):
-    """A coin: what is routing worth, beside just moving each expert less often?"""
-    return torch.rand((), device=e.lr.device)
+    """A coin: what is routing worth, beside moving each expert less often?"""
+    return torch.rand_like(e.lr)
 
 
 SCORES = {f.__name__: f for f in (epd, pfn, snr, align, always_full, always_lora, random)}
@@ -96,7 +96,7 @@ def route(scores, top_k):
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order[:, :top_k], True)
 
 # END OF THE ROUTING RULES
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def adam_moments(g, m, v, beta1, beta2):
@@ -106,16 +106,16 @@ def adam_moments(g, m, v, beta1, beta2):
 
 
 def adamw(w, m, v, decay, step_size, correction, eps):
-    """-> the new w. decay = 1 - lr wd, step_size = lr / (1 - b1^t), correction = sqrt(1 - b2^t), as in torch."""
+    """-> the new w. decay = 1 - lr wd, step_size = lr / (1 - b1^t), correction = sqrt(1 - b2^t)."""
     return (w * decay).sub_((m * step_size).div_(v.sqrt().div_(correction).add_(eps)))
 
 
 class MoLFAdamW(torch.optim.Optimizer):
-    """AdamW with routing. `groups` come from `param_groups`: one group an expert, of the keys kind, module, expert
-    and scale (strings and numbers, so any LR scheduler and state_dict work), and "rest" groups that are not routed.
+    """AdamW with routing. `groups` come from `param_groups`: one an expert, with keys kind, module, expert
+    and scale (strings and numbers, so any LR scheduler and state_dict work), and "rest" groups, not routed.
 
-    score: a rule as above. top_k: how many experts of a module move at each step. A module without gradients sits
-    the step out (scores NaN, no winner). step() never waits for the device."""
+    score: a rule as above. top_k: how many experts of a module move at each step. A module without gradients
+    sits the step out (scores NaN, no winner). step() never waits for the device."""
 
     def __init__(self, groups, lr=5e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, score=epd, top_k=1):
         super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, kind="rest",
@@ -124,8 +124,9 @@ class MoLFAdamW(torch.optim.Optimizer):
         for i, group in enumerate(self.param_groups):
             if group["kind"] != "rest":
                 experts.setdefault(group["module"], []).append(i)
-            for p in group["params"]:                   # all state is made here: checkpoints and memory are known
-                self.state[p] = {k: torch.zeros_like(p, dtype=torch.float32) for k in ("exp_avg", "exp_avg_sq")}
+            for p in group["params"]:                   # all state is made here: no surprise in memory later
+                self.state[p] = {"exp_avg": torch.zeros_like(p, dtype=torch.float32),
+                                 "exp_avg_sq": torch.zeros_like(p, dtype=torch.float32)}
                 if p.dtype != torch.float32:
                     self.state[p]["master"] = p.detach().float()
         self.module_names, self.modules = list(experts), list(experts.values())
@@ -193,7 +194,7 @@ class MoLFAdamW(torch.optim.Optimizer):
         return score
 
     def _move(self, i, wins=None):
-        """The AdamW step of group i. `wins`, a 0-d bool on the device: whether it moves at all. None: the group is
+        """The AdamW step of group i. `wins`, a 0-d bool on the device: whether it moves at all. None: it is
         not routed, and its moments are brought up to date here."""
         group, (_, decay, step_size, correction) = self.param_groups[i], self.hyper[i]
         for p in group["params"]:
@@ -210,14 +211,15 @@ class MoLFAdamW(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
-        for p, saved in zip((p for g in self.param_groups for p in g["params"]), state_dict["state"].values()):
+        params = [p for g in self.param_groups for p in g["params"]]
+        for p, saved in zip(params, state_dict["state"].values()):
             for key, value in saved.items():    # torch casts state to the parameter's dtype, bf16: not ours
                 self.state[p][key] = value.to(p.device, torch.float32, copy=True)
 
 
 def param_groups(model, lr=5e-5, lora_lr=5e-5, weight_decay=0.1, lora_weight_decay=0.01):
-    """Parameter groups for MoLFAdamW: each expert of each module that has `experts()`, then the rest, which takes the
-    full expert's lr; its vectors (biases, norms) do not decay. Every trainable parameter is in exactly one group."""
+    """Groups for MoLFAdamW: every expert of every module that has `experts()`, then the rest, with the full
+    expert's lr; its vectors (biases, norms) do not decay. Each trainable parameter is in exactly one."""
     groups, derived = [], set()
     for name, module in model.named_modules():
         if not hasattr(module, "experts"):
@@ -225,50 +227,51 @@ def param_groups(model, lr=5e-5, lora_lr=5e-5, weight_decay=0.1, lora_weight_dec
         if module.folded:                               # its weight is computed from the experts, not trained
             derived.add(module.weight)
         for i, (kind, scale, params) in enumerate(module.experts()):
-            full = kind == "full"
-            groups.append(dict(params=params, kind=kind, module=name, expert=i, scale=scale,
-                               lr=lr if full else lora_lr, weight_decay=weight_decay if full else lora_weight_decay))
+            rates = (lr, weight_decay) if kind == "full" else (lora_lr, lora_weight_decay)
+            groups.append(dict(zip(("lr", "weight_decay"), rates), params=params, kind=kind, module=name,
+                               expert=i, scale=scale))
     routed = {p for g in groups for p in g["params"]}
-    rest = [p for p in model.parameters() if p.requires_grad and p not in routed and p not in derived]
-    for params, decay in (([p for p in rest if p.dim() > 1], weight_decay), ([p for p in rest if p.dim() < 2], 0.0)):
-        if params:
+    trainable = [p for p in model.parameters() if p.requires_grad and p not in derived]
+    rest = [p for p in trainable if p not in routed]
+    for matrices, decay in ((True, weight_decay), (False, 0.0)):
+        if params := [p for p in rest if (p.dim() > 1) == matrices]:
             groups.append(dict(params=params, kind="rest", lr=lr, weight_decay=decay))
-    ids = [id(p) for g in groups for p in g["params"]]
-    trainable = {id(p) for p in model.parameters() if p.requires_grad and p not in derived}
-    assert len(ids) == len(set(ids)) and set(ids) == trainable, "a parameter is in two groups, or in none"
+    grouped = [p for g in groups for p in g["params"]]
+    assert len(grouped) == len(set(grouped)) and set(grouped) == set(trainable), \
+        "a trainable parameter is in two groups, or in none"
     return groups
 
 
 def demo(steps=240, seed=0):
-    """Two modules learn a change of their weight: a rank-2 one, and one of full rank. Who moves at each step?"""
-    from model import add_experts, fold, unfold
+    """Two modules learn a change of their weight, of rank 2 and of full rank. Who moves at each step?"""
+    from model import add_experts, fold, unfold         # only this demonstration needs it
     torch.set_num_threads(1)                            # the matrices are tiny
     d, bins = 64, 60
-    print(f"Two {d} x {d} linears, each a full expert and a LoRA expert of rank 4. The change to be learnt has rank 2 "
-          f"in\n`low`, full rank in `full`. Each character is {steps // bins} steps:  # the full expert moved,  "
-          f". LoRA,  + both.\n")
+    print(f"Two {d} x {d} linears, each a full and a LoRA expert of rank 4, learn a change of their weight,\n"
+          f"`rank2` one of rank 2 and `dense` one of full rank. Each character is {steps // bins} steps:\n"
+          f"# the full expert moved   . LoRA moved   + both\n")
     for name, score in SCORES.items():
         torch.manual_seed(seed)
-        net = torch.nn.ModuleDict({n: torch.nn.Linear(d, d, bias=False) for n in ("low", "full")})
-        change = {"low": torch.randn(d, 2) @ torch.randn(2, d) / d, "full": torch.randn(d, d) / d ** 0.5 / 4}
-        goal = {n: net[n].weight.detach() + change[n] for n in net}
-        add_experts(net, ranks=(4,), alpha=8, targets=("low", "full"))
-        optimizer = MoLFAdamW(param_groups(net, lr=1e-3, lora_lr=1e-3, weight_decay=0, lora_weight_decay=0), score=score)
-        won, first = [], None
+        net = torch.nn.ModuleDict({n: torch.nn.Linear(d, d, bias=False) for n in ("rank2", "dense")})
+        change = [torch.randn(d, 2) @ torch.randn(2, d) / d, torch.randn(d, d) / d ** 0.5 / 4]
+        goal = {n: net[n].weight.detach() + c for n, c in zip(net, change)}
+        add_experts(net, ranks=(4,), alpha=8, targets=tuple(net))
+        optimizer = MoLFAdamW(param_groups(net, 1e-3, 1e-3, 0, 0), score=score)
+        won, history = [], []
         for _ in range(steps):
             x = torch.randn(64, d)
-            losses = {n: (net[n](x) - x @ goal[n].T).square().mean() for n in net}
-            sum(losses.values()).backward()
+            losses = [(net[n](x) - x @ goal[n].T).square().mean() for n in net]
+            sum(losses).backward()
             unfold(net)
             optimizer.step()
             fold(net)
             won.append(optimizer.winners[:, 0].clone())
-            first = first or {n: v.item() for n, v in losses.items()}
-        full = torch.stack(won).float().view(bins, -1, 2).mean(1)                       # (bins, modules)
-        for j, n in enumerate(optimizer.module_names):
+            history.append([loss.item() for loss in losses])
+        full = torch.stack(won).float().unflatten(0, (bins, -1)).mean(1)        # (bins, modules)
+        for j, n in enumerate(net):
             line = "".join("#" if x > 0.9 else "." if x < 0.1 else "+" for x in full[:, j].tolist())
-            print(f"{name if j == 0 else '':12s}{n:5s} {line}  full won {full[:, j].mean():4.0%}, "
-                  f"loss {first[n]:.3f} -> {losses[n].item():.4f}")
+            print(f"{name if j == 0 else '':12s}{n:6s} {line}  full won {full[:, j].mean():4.0%}   "
+                  f"loss {history[0][j]:.3f} -> {history[-1][j]:.4f}")
 
 
 if __name__ == "__main__":

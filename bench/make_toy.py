@@ -1,10 +1,12 @@
-"""Make the embedded toy checkpoint again, from scratch: its tokenizer, then its weights, by train.py's own loop.
+"""Make the embedded toy checkpoint again, from scratch: its tokenizer, then its weights, by train.py's own
+loop.
 
     python bench/make_toy.py OUT                # writes OUT/; about 3 minutes on a GPU (needs `tokenizers`)
     python bench/make_toy.py OUT --epochs 1     # a trial
 
-The model is a Qwen2 of 1.3 million parameters. It reads every true fact of the toy world in all its phrasings, half
-of the toy medicine, and solved examples of every other kind of toy query, so there is something left to learn.
+The model is a Qwen2 of 1.3 million parameters. It reads every true fact of the toy world in all its
+phrasings, half of the toy medicine, and solved examples of every other kind of toy query, so there is
+something left to learn.
 """
 import argparse
 import json
@@ -23,11 +25,11 @@ from molf import MoLFAdamW, param_groups  # noqa: E402
 from toy.world import TOY_FACTS, toy_corpus, toy_facts, toy_world  # noqa: E402
 
 EOS = "<|endoftext|>"
-CONFIG = dict(model_type="qwen2", hidden_size=128, intermediate_size=352, num_hidden_layers=6, num_attention_heads=4,
-              num_key_value_heads=2, max_position_embeddings=1024, rms_norm_eps=1e-6, rope_theta=10000.0,
-              tie_word_embeddings=True, hidden_act="silu", initializer_range=0.06)
-QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-              r"|\s+(?!\S)|\s+")
+CONFIG = dict(model_type="qwen2", hidden_size=128, intermediate_size=352, num_hidden_layers=6,
+              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, rms_norm_eps=1e-6,
+              rope_theta=10000.0, tie_word_embeddings=True, hidden_act="silu", initializer_range=0.06)
+QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+              r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 def make_tokenizer(texts, path, vocab_size=1024):
@@ -68,25 +70,29 @@ def main():
     vocab_size, eos = make_tokenizer([a + b for a, b in pairs + 3 * statements], args.out / "tokenizer.json")
     config = CONFIG | dict(vocab_size=vocab_size, eos_token_id=eos, bos_token_id=None, pad_token_id=eos)
     for name, content in (("generation_config.json", {"eos_token_id": eos, "pad_token_id": eos}),
-                          ("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS,
-                                                     "pad_token": EOS, "model_max_length": 1024})):
+                          ("tokenizer_config.json", {
+                              "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS,
+                              "pad_token": EOS, "model_max_length": 1024})):
         (args.out / name).write_text(json.dumps(content, indent=2) + "\n")
     (args.out / "config.json").write_text(json.dumps(config))
     tokenizer = data.Tokenizer.from_file(args.out / "tokenizer.json")
     examples = [data.encode(tokenizer, *pair, row=i) for i, pair in enumerate(pairs)]
     torch.manual_seed(0)
     model = Transformer(Config.from_dict(config)).to(args.device)
-    print(f"{len(examples)} sequences, {sum(len(e.ids) for e in examples):,} tokens, vocabulary {vocab_size}, "
-          f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    print(f"{len(examples)} sequences, {sum(len(e.ids) for e in examples):,} tokens, "
+          f"vocabulary {vocab_size}, {sum(p.numel() for p in model.parameters()):,} parameters")
     add_experts(model, ranks=())
-    a = train.parse_args(["--method", "fft", "--epochs", str(args.epochs), "--batch-size", str(args.batch_size),
-                          "--max-tokens", "65536", "--log-every", "100", "--warmup", "0.05"])
-    train.train(model, MoLFAdamW(param_groups(model, lr=args.lr)), examples, a, lambda line, _: print(line, flush=True))
+    a = train.parse_args(["--method", "fft", "--epochs", str(args.epochs),
+                          "--batch-size", str(args.batch_size), "--max-tokens", "65536",
+                          "--log-every", "100", "--warmup", "0.05"])
+    train.train(model, MoLFAdamW(param_groups(model, lr=args.lr)), examples, a,
+                lambda line, _: print(line, flush=True))
     model.save_pretrained(args.out, torch.bfloat16)
     saved = Transformer.from_pretrained(args.out, torch.float32, args.device)
     rows = toy_facts(world)
     print(f"true facts, all phrasings: {true_fact_share(saved, tokenizer, world):.1%}")
-    print({k: round(v["value"], 3) for k, v in train.evaluate(saved, tokenizer, data.TASKS["fact"], rows, 65536).items()})
+    results = train.evaluate(saved, tokenizer, data.TASKS["fact"], rows, 65536)
+    print({k: round(v["value"], 3) for k, v in results.items()})
     print(f"{time.time() - start:.0f} s, {sum(f.stat().st_size for f in args.out.iterdir()) / 1e6:.2f} MB")
 
 

@@ -25,14 +25,20 @@ from toy.world import TOY_FACTS, toy_facts, toy_med, toy_sql, toy_world
 
 QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
         r"|\s+(?!\S)|\s+")
-TEXT = """The cat sat on the mat, and the other cats were sitting there; they'll say it's 1984 or 2024, won't they?
-    for i in range(100):\n\t\tprint(f"{i:>5}  {i ** 2}")\n\n\n    return   None   # end\r\n<b>bold</b> > </b>  ======== ----
-Les élèves français étaient déjà là, où ça? Größe, Straße, naïve café. Это было давно, и неправда. 今天天气很好，我们去公园吧。
-ありがとうございます。 안녕하세요 세계 नमस्ते दुनिया שלום עולם مرحبا بالعالم 🙂🙂 👩‍👩‍👧 🇫🇷 e\u0301a\u0300 the the that this then than
-foobar foo bar barfoo singing ringing string strings stringing interesting internationalization national nations
+TEXT = """The cat sat on the mat, and the other cats were sitting there; they'll say it's 1984 or 2024, \
+won't they?
+    for i in range(100):\n\t\tprint(f"{i:>5}  {i ** 2}")\n\n\n    return   None   \
+# end\r\n<b>bold</b> > </b>  ======== ----
+Les élèves français étaient déjà là, où ça? Größe, Straße, naïve café. Это было давно, и неправда. \
+今天天气很好，我们去公园吧。
+ありがとうございます。 안녕하세요 세계 नमस्ते दुनिया שלום עולם مرحبا بالعالم 🙂🙂 \
+👩‍👩‍👧 🇫🇷 e\u0301a\u0300 the the that this then than
+foobar foo bar barfoo singing ringing string strings stringing interesting \
+internationalization national nations
 """
-# `tokenizers` normalises with the tables of Unicode 9: marks that came later (they grow with Python's own tables) are
-# plain letters to it, and are neither reordered nor composed. No text that people write depends on it.
+# `tokenizers` normalises with the tables of Unicode 9: marks that came later (they grow with Python's own
+# tables) are plain letters to it, and are neither reordered nor composed. No text that people write depends
+# on it.
 NFC = normalizers.NFC()
 NEWER = {c for c in map(chr, range(0x110000)) if 0 < unicodedata.combining(c) < 240
          and NFC.normalize_str("\u0345" + c)[0] == "\u0345"}
@@ -47,13 +53,18 @@ def code_points(rng, n, low, high):
 
 
 def make_texts(count, pieces, seed=0):
-    """Random strings of many kinds; `pieces` are tokens to paste together (added tokens, entries of the vocabulary)."""
+    """Random strings of many kinds; `pieces` are tokens to paste together (added tokens, entries of the
+    vocabulary)."""
     rng = random.Random(seed)
     words = TEXT.split()
-    spaces = [" ", " ", "  ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "\u3000", "\u2003", "\u2581", "\x0b", "\x85", "   "]
-    glue = ["'s", "'LL", "\u017f", "'\u017f", "> </", ">", "</", "1", "\u0663", "\u00bd", "\u2167", ".", "_", "-", "\x00"]
-    marks = [chr(c) for c in range(0x300, 0x370)] + ["\u0345", "\u05b0", "\u064b", "\u093c", "\u3099", "\u1161", "\u11a8"]
-    emoji = ["\U0001f469", "\u200d", "\U0001f3fd", "\ufe0f", "\U0001f1eb", "\U0001f1f7", "\U0001f600", "\u2764"]
+    spaces = [" ", " ", "  ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "\u3000", "\u2003", "\u2581", "\x0b",
+              "\x85", "   "]
+    glue = ["'s", "'LL", "\u017f", "'\u017f", "> </", ">", "</", "1", "\u0663", "\u00bd", "\u2167", ".", "_",
+            "-", "\x00"]
+    marks = [chr(c) for c in range(0x300, 0x370)]
+    marks += ["\u0345", "\u05b0", "\u064b", "\u093c", "\u3099", "\u1161", "\u11a8"]
+    emoji = ["\U0001f469", "\u200d", "\U0001f3fd", "\ufe0f", "\U0001f1eb", "\U0001f1f7", "\U0001f600",
+             "\u2764"]
     many = lambda items, most: "".join(rng.choices(items, k=rng.randint(1, most)))     # noqa: E731
     kinds = [
         lambda: " ".join(rng.choices(words, k=rng.randint(1, 12))),
@@ -79,7 +90,8 @@ def make_texts(count, pieces, seed=0):
 
 
 def without_special(spec):
-    """The `tokenizers` library for a file whose special tokens are not in the way: what data must encode to."""
+    """The `tokenizers` library for a file whose special tokens are not in the way: what data must
+    encode to."""
     plain = [a for a in spec["added_tokens"] if not a["special"]]
     return tokenizers.Tokenizer.from_str(json.dumps(spec | {"added_tokens": plain}))
 
@@ -95,11 +107,13 @@ def byte_level(normalizer, steps, alphabet=True, size=600, special=("<|endoftext
     tok = tokenizers.Tokenizer(models.BPE())
     if normalizer:
         tok.normalizer = normalizer
-    tok.pre_tokenizer, tok.decoder = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0], decoders.ByteLevel()
+    tok.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
+    tok.decoder = decoders.ByteLevel()
     tok.train_from_iterator(TEXT.splitlines(keepends=True), trainers.BpeTrainer(
         vocab_size=size, special_tokens=list(special), show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if alphabet else []))
-    tok.add_tokens([tokenizers.AddedToken(t, normalized=False) for t in ("<tool_call>", "</tool_call>", "<tool")])
+    tok.add_tokens([tokenizers.AddedToken(t, normalized=False)
+                    for t in ("<tool_call>", "</tool_call>", "<tool")])
     return json.loads(tok.to_str())
 
 
@@ -118,32 +132,36 @@ def digits_spec(**kw):
 
 
 def gemma_spec():
-    """Learn pieces, then write them as SentencePiece's converter does: a merge for every way to cut a piece in two."""
+    """Learn pieces, then write them as SentencePiece's converter does: a merge for every way to cut a piece
+    in two."""
     tok = tokenizers.Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
-    tok.train_from_iterator([TEXT.replace(" ", "\u2581")], trainers.BpeTrainer(vocab_size=500, show_progress=False))
+    tok.train_from_iterator([TEXT.replace(" ", "\u2581")],
+                            trainers.BpeTrainer(vocab_size=500, show_progress=False))
     learnt = sorted(tok.get_vocab(), key=tok.get_vocab().get)
     chars = sorted({t for t in learnt if len(t) == 1} - set("\r#Q") | {"Y"})
     runs = [c * n for c in "\n\u2581\t" for n in range(8, 1, -1)]
     # the merges of the last piece never make it: "▁Y" comes first
     pieces = list(dict.fromkeys(runs + [t for t in learnt if len(t) > 1 and "\r" not in t and "#" not in t]
-                                + [">\u2581", ">\u2581<", ">\u2581</", "\u2581Y", "YY", "YYYY", "\u2581YYYY"]))
+                                + [">\u2581", ">\u2581<", ">\u2581</", "\u2581Y", "YY", "YYYY",
+                                   "\u2581YYYY"]))
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>"]
     plain = ["<mask>", "<unused0>", "<unused1>", "<b>", "</b>", *runs]
-    vocab = special + [t for t in plain if t not in runs] + [f"<0x{b:02X}>" for b in range(256)] + pieces + chars
+    vocab = special + [t for t in plain if t not in runs] + [f"<0x{b:02X}>" for b in range(256)]
+    vocab += pieces + chars
     vocab = {t: i for i, t in enumerate(dict.fromkeys(vocab))}
     merges = [[p[:k], p[k:]] for p in pieces for k in range(1, len(p)) if p[:k] in vocab and p[k:] in vocab]
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     added = [{"id": vocab[t], "content": t, **flags, "special": t in special} for t in special + plain]
-    added.append({"id": len(vocab), "content": "<image>", **flags, "special": True})    # beyond the vocabulary
+    added.append({"id": len(vocab), "content": "<image>", **flags, "special": True})   # beyond the vocabulary
     return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
             "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
             "pre_tokenizer": {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious",
                               "invert": False},
             "post_processor": None, "decoder": None,
             "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
-                      "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
-                      "vocab": vocab, "merges": merges}}
+                      "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True,
+                      "ignore_merges": False, "vocab": vocab, "merges": merges}}
 
 
 SPECS = {"qwen": qwen_spec, "gpt2": gpt2_spec, "digits": digits_spec, "gemma": gemma_spec}
@@ -216,10 +234,12 @@ def test_tokens_that_their_merges_never_make(tmp_path):
     # byte-level: add a token whose only merge is not the one that would have to make it
     spec = gpt2_spec()
     theirs, vocab = without_special(spec), spec["model"]["vocab"]
-    words = {w for word in TEXT.split() if word.isascii() for w in (word[:n] for n in range(3, len(word) + 1))}
+    words = {w for word in TEXT.split() if word.isascii()
+             for w in (word[:n] for n in range(3, len(word) + 1))}
     for word in sorted(words - vocab.keys()):
         real = theirs.encode(word, add_special_tokens=False).tokens
-        other = [k for k in range(1, len(word)) if word[:k] in vocab and word[k:] in vocab and word[:k] != real[0]]
+        other = [k for k in range(1, len(word))
+                 if word[:k] in vocab and word[k:] in vocab and word[:k] != real[0]]
         if len(real) == 2 and other:
             break
     else:
@@ -306,7 +326,8 @@ def edit(spec, path, value):
 
 
 @pytest.mark.parametrize("kind, path, value, words", [
-    ("gpt2", ["pre_tokenizer"], {"type": "Metaspace", "replacement": "\u2581"}, "pre_tokenizer Metaspace is not supported"),
+    ("gpt2", ["pre_tokenizer"], {"type": "Metaspace", "replacement": "\u2581"},
+     "pre_tokenizer Metaspace is not supported"),
     ("gpt2", ["pre_tokenizer"], None, "pre_tokenizer none is not supported"),
     ("gpt2", ["pre_tokenizer", "add_prefix_space"], True, "add_prefix_space"),
     ("gpt2", ["pre_tokenizer", "use_regex"], False, "ByteLevel is not supported"),
@@ -316,11 +337,15 @@ def edit(spec, path, value):
     ("gpt2", ["model", "dropout"], 0.1, "BPE with dropout"),
     ("gpt2", ["model", "byte_fallback"], True, "BPE with byte_fallback"),
     ("gpt2", ["model", "end_of_word_suffix"], "</w>", "BPE with end_of_word_suffix"),
-    ("digits", ["pre_tokenizer", "pretokenizers", 0, "individual_digits"], False, r"Digits \+ ByteLevel is not supported"),
-    ("qwen", ["pre_tokenizer", "pretokenizers", 0, "behavior"], "Removed", r"Split \+ ByteLevel is not supported"),
+    ("digits", ["pre_tokenizer", "pretokenizers", 0, "individual_digits"], False,
+     r"Digits \+ ByteLevel is not supported"),
+    ("qwen", ["pre_tokenizer", "pretokenizers", 0, "behavior"], "Removed",
+     r"Split \+ ByteLevel is not supported"),
     ("qwen", ["pre_tokenizer", "pretokenizers", 0, "invert"], True, r"Split \+ ByteLevel is not supported"),
-    ("qwen", ["pre_tokenizer", "pretokenizers", 0, "pattern"], {"Regex": r"\w+\b"}, r"Split \+ ByteLevel is not supported"),
-    ("qwen", ["pre_tokenizer", "pretokenizers", 1, "use_regex"], True, r"Split \+ ByteLevel is not supported"),
+    ("qwen", ["pre_tokenizer", "pretokenizers", 0, "pattern"], {"Regex": r"\w+\b"},
+     r"Split \+ ByteLevel is not supported"),
+    ("qwen", ["pre_tokenizer", "pretokenizers", 1, "use_regex"], True,
+     r"Split \+ ByteLevel is not supported"),
     ("qwen", ["normalizer"], {"type": "NFKC"}, "normalizer NFKC"),
     ("qwen", ["added_tokens", -1, "lstrip"], True, "lstrip"),
     ("gemma", ["normalizer"], {"type": "Sequence", "normalizers": []}, "normalizer Sequence"),
@@ -348,7 +373,8 @@ def test_broken_files_are_named(tmp_path):
     spec = qwen_spec()
     load(tmp_path, spec)
     path = tmp_path / "tokenizer.json"
-    for content, words in ((path.read_bytes()[:1000], ""), (b"[]", ""), (b"{}", "no 'model'"), (b"\xff\xfe{", "")):
+    for content, words in ((path.read_bytes()[:1000], "line 1 column"), (b"[]", "list indices"),
+                           (b"{}", "no 'model'"), (b"\xff\xfe{", "can't decode byte")):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=words) as error:
             Tokenizer.from_file(tmp_path)
@@ -379,8 +405,7 @@ def test_decode_is_tolerant_of_bytes_and_strict_about_ids(small):
     kind, spec, ours = small
     half = ours.encode("\U0001fae0")[:2]        # an emoji that is in no vocabulary: bytes
     assert len(ours.encode("\U0001fae0")) > 2
-    assert ours.decode(ours.encode("a") + half + ours.encode("b")).strip("\ufffd") == "a\ufffdb" or \
-        ours.decode(ours.encode("a") + half + ours.encode("b")).replace("\ufffd", "") == "ab"
+    assert ours.decode(ours.encode("a") + half + ours.encode("b")) == "a\ufffdb"
     for bad in (10 ** 6, -1):
         with pytest.raises(ValueError, match=str(bad)):
             ours.decode([bad])
@@ -397,7 +422,8 @@ def real_files():
 @pytest.mark.parametrize("path", real_files(), ids=lambda p: p.parent.name)
 def test_real_file(path):
     spec = json.loads(path.read_text("utf-8"))
-    ours, theirs, data = Tokenizer.from_file(path), tokenizers.Tokenizer.from_file(str(path)), without_special(spec)
+    ours, theirs = Tokenizer.from_file(path), tokenizers.Tokenizer.from_file(str(path))
+    data = without_special(spec)
     special = {a["content"]: a["id"] for a in spec["added_tokens"] if a["special"]}
     pieces = pieces_of(spec, data)
 
@@ -405,7 +431,8 @@ def test_real_file(path):
     lacking = set()
     if not spec["model"]["byte_fallback"]:
         shown = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        known = lambda c: all(b in spec["model"]["vocab"] for b in shown.pre_tokenize_str(c)[0][0])     # noqa: E731
+        known = lambda c: all(b in spec["model"]["vocab"]     # noqa: E731
+                              for b in shown.pre_tokenize_str(c)[0][0])
         lacking = {c for c in map(chr, [*range(0x80), 0x40000, 0x80000]) if not known(c)}
         for char in lacking:
             with pytest.raises(ValueError, match="no token b"):
@@ -432,7 +459,7 @@ def test_real_file(path):
     assert [t for t in texts if ours.decode(ours.encode(t)) != clean(t)] == []
 
 
-# ------------------------------------------------------------------------------------------- examples and packing
+# --------------------------------------------------------------------------------------- examples and packing
 
 class Letters:
     """A tokenizer of one id a character, BOS 2 and EOS 1."""
@@ -450,8 +477,8 @@ def test_an_example_is_bos_prompt_target_eos_and_the_loss_covers_target_and_eos(
     assert encode(no_bos, "ab", " c").ids == [97, 98, 32, 99, 1]
     ids, lengths, where, labels = pack([e, encode(Letters(), "x", "yz")])
     assert ids == [2, 97, 98, 32, 99, 1, 2, 120, 121, 122, 1] and lengths == [6, 5]
-    assert [(ids[w], y) for w, y in zip(where, labels)] == [(98, 32), (32, 99), (99, 1), (120, 121), (121, 122),
-                                                            (122, 1)]
+    assert [(ids[w], y) for w, y in zip(where, labels)] == [(98, 32), (32, 99), (99, 1), (120, 121),
+                                                            (121, 122), (122, 1)]
 
 
 @pytest.mark.parametrize("text", ["a <|endoftext|> b", "<eos>", "<bos>hello<eos>", "<|endoftext|>" * 3])
@@ -464,11 +491,12 @@ def test_data_text_never_yields_a_control_token(small, text):
     assert t.decode(t.encode(text)) == text
 
 
-# ----------------------------------------------------------------------------------------------------------- rows
+# ------------------------------------------------------------------------------------------------------- rows
 
-ROW = {"requested_rewrite": {"prompt": "The capital of {} is", "subject": "France", "target_new": {"str": "Rome"},
-                             "target_true": {"str": "Paris"}},
-       "paraphrase_prompts": ["France is ruled from", "Seat of France:"], "neighborhood_prompts": ["Paris lies in"]}
+ROW = {"requested_rewrite": {"prompt": "The capital of {} is", "subject": "France",
+                             "target_new": {"str": "Rome"}, "target_true": {"str": "Paris"}},
+       "paraphrase_prompts": ["France is ruled from", "Seat of France:"],
+       "neighborhood_prompts": ["Paris lies in"]}
 
 
 def write(path, rows):
@@ -548,12 +576,13 @@ def test_a_download_is_whole_or_not_there_and_happens_once(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["good.json"]
 
 
-# ------------------------------------------------------------------------------------------------------ fact task
+# -------------------------------------------------------------------------------------------------- fact task
 
 def test_fact_prompts():
     assert data.fact_pair(ROW) == ("The capital of France is", " Rome")
     assert data.fact_queries(ROW) == [(p, t) for p in ("The capital of France is", "France is ruled from",
-                                                       "Seat of France:", "Paris lies in") for t in (" Rome", " Paris")]
+                                                       "Seat of France:", "Paris lies in")
+                                      for t in (" Rome", " Paris")]
     braces = json.loads(json.dumps(ROW).replace("capital of {}", "{0} capital of {}"))
     assert data.fact_pair(braces)[0] == "The {0} capital of France is"
 
@@ -561,16 +590,17 @@ def test_fact_prompts():
 def test_fact_metrics_by_hand():
     def s(first, *logprobs, greedy=False):
         return Scored(list(logprobs), [greedy] * len(logprobs), first)
-    scored = [s(5, -1, -1, 0, greedy=True), s(6, -2, 0),    # rewrite: new by the first token; mean -1 against -2
-              s(5, -1, -9, 0), s(6, -2, 0),                 # paraphrase: new by the first, true by the whole, -5
-              s(5, -3, 0), s(6, -2, 0),                     # paraphrase: true by both
-              s(5, -2.1, 0), s(5, -2, -1, 0, greedy=True)]  # neighbour: the same first token; true by the whole
+    scored = [
+        s(5, -1, -1, 0, greedy=True), s(6, -2, 0),      # rewrite: new by the first token; mean -1 against -2
+        s(5, -1, -9, 0), s(6, -2, 0),                   # paraphrase: new by the first, true by the whole, -5
+        s(5, -3, 0), s(6, -2, 0),                       # paraphrase: true by both
+        s(5, -2.1, 0), s(5, -2, -1, 0, greedy=True)]    # neighbour: the same first token; true by the whole
     assert data.fact_metrics(ROW, scored) == {
         "accuracy": 1.0, "recalls true": 0.0, "ES": 1.0, "PS": 0.5, "NS": 0.0, "ES full": 1.0, "PS full": 0.0,
         "NS full": 1.0}
 
 
-# ------------------------------------------------------------------------------------------------------ toy world
+# -------------------------------------------------------------------------------------------------- toy world
 
 def test_toy_world_is_the_same_everywhere():
     world = toy_world()
@@ -590,7 +620,8 @@ def test_toy_facts_are_a_fair_test():
         assert world[relation][rewrite["subject"]] == true != new in world[relation].values()
         prompt = data.fact_pair(r)[0]
         assert len(set(r["paraphrase_prompts"]) | {prompt}) == 3
-        neighbours = [s for s in world[relation] if rewrite["prompt"].replace("{}", s) in r["neighborhood_prompts"]]
+        neighbours = [s for s in world[relation]
+                      if rewrite["prompt"].replace("{}", s) in r["neighborhood_prompts"]]
         assert len(neighbours) == 4 and all(world[relation][s] == true for s in neighbours)
         assert not {(relation, s) for s in neighbours} & edited
     assert set(TOY_FACTS) == {r["relation_id"] for r in rows}
@@ -609,13 +640,14 @@ def test_toy_sql_runs_and_toy_med_has_one_right_answer_of_four():
         assert right in [world[r][row["topic_name"]] for r in ("remedy", "sign", "organ")]
 
 
-# ---------------------------------------------------------------------------- texts of the reference losses (real)
+# ----------------------------------------------------------------------- texts of the reference losses (real)
 
-PROSE = """The lighthouse keeper had lived on the island for so long that he no longer noticed the sound of the \
-waves. Every evening he climbed the narrow stairs, trimmed the lamp, and looked out over the dark water for the \
-lights of passing ships. In winter the storms came down from the north and the boat with his supplies could not \
-land for weeks at a time, so he learned to keep a full store of flour, salt fish and candles. When his \
-granddaughter came to visit in the summer, she asked him whether he was ever lonely. He thought about the question \
-for a while before he answered that a man who has work to do and a window to look out of is seldom lonely for long."""
+PROSE = """The lighthouse keeper had lived on the island for so long that he no longer noticed the sound of \
+the waves. Every evening he climbed the narrow stairs, trimmed the lamp, and looked out over the dark water \
+for the lights of passing ships. In winter the storms came down from the north and the boat with his \
+supplies could not land for weeks at a time, so he learned to keep a full store of flour, salt fish and \
+candles. When his granddaughter came to visit in the summer, she asked him whether he was ever lonely. He \
+thought about the question for a while before he answered that a man who has work to do and a window to look \
+out of is seldom lonely for long."""
 GPL = Path("/usr/share/common-licenses/GPL-3")      # where Debian keeps it
 GPL = GPL.read_text()[:8000] if GPL.exists() else ""

@@ -1,4 +1,5 @@
-"""The optimizer against torch.optim.AdamW and plain autograd, the routing rules against hand-computed values."""
+"""The optimizer against torch.optim.AdamW and plain autograd, the routing rules against
+hand-computed values."""
 import copy
 import math
 import subprocess
@@ -53,7 +54,7 @@ def molf_net(ranks=(2,), full=True, seed=0, dropout=0.0, dtype=torch.float32, **
     return net, MoLFAdamW(groups, **kwargs)
 
 
-# ------------------------------------------------------------------------------------------------ against AdamW
+# ---------------------------------------------------------------------------------------------- against AdamW
 
 def test_one_full_expert_is_torch_adamw():
     net, optimizer = molf_net(ranks=())
@@ -61,8 +62,8 @@ def test_one_full_expert_is_torch_adamw():
     plain = Net()
     decay = [p for p in plain.parameters() if p.dim() > 1]
     other = [p for p in plain.parameters() if p.dim() < 2]
-    reference = torch.optim.AdamW([dict(params=decay, weight_decay=0.1), dict(params=other, weight_decay=0.0)],
-                                  lr=3e-3, foreach=False)
+    groups = [dict(params=decay, weight_decay=0.1), dict(params=other, weight_decay=0.0)]
+    reference = torch.optim.AdamW(groups, lr=3e-3, foreach=False)
     for batch in batches(50):
         step(net, optimizer, batch)
         step(plain, reference, batch)
@@ -76,8 +77,8 @@ def test_one_full_expert_is_torch_adamw():
 def test_one_lora_expert_is_torch_adamw_on_a_and_b():
     net, optimizer = molf_net(full=False)
     plain, _ = molf_net(full=False)
-    reference = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=5e-3, weight_decay=0.01,
-                                  foreach=False)
+    reference = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=5e-3,
+                                  weight_decay=0.01, foreach=False)
     frozen = net.emb.weight.clone(), net.mid.weight.clone()
     for batch in batches(50):
         step(net, optimizer, batch)
@@ -87,7 +88,7 @@ def test_one_lora_expert_is_torch_adamw_on_a_and_b():
     assert torch.equal(net.emb.weight, frozen[0]) and torch.equal(net.mid.weight, frozen[1])
 
 
-# ------------------------------------------------------------------------------------------------ folded = unfolded
+# ------------------------------------------------------------------------------------------ folded = unfolded
 
 class Sum(nn.Module):
     """W + sum s B A by plain autograd: the reference that knows nothing of folding."""
@@ -100,7 +101,8 @@ class Sum(nn.Module):
         self.bias, self.scales, self.folded = layer.bias, layer.scales, False
 
     def experts(self):
-        return [("full", 1.0, [self.full])] + [("lora", s, [a, b]) for s, a, b in zip(self.scales, self.A, self.B)]
+        return [("full", 1.0, [self.full])] + [
+            ("lora", s, [a, b]) for s, a, b in zip(self.scales, self.A, self.B)]
 
     def forward(self, x):
         w = self.full + sum(s * b @ a for s, a, b in zip(self.scales, self.A, self.B))
@@ -191,8 +193,9 @@ def test_scores_by_hand(kind):
 
 
 def test_epd_depends_on_shape_as_predicted_at_the_start():
-    """With B = 0 and white gradients, LoRA's score is about 1.63 out/(in + out) of the full expert's (alpha 32, r 128,
-    A of standard deviation 1/sqrt(3 in)): what EPD prefers at the start is set by shapes, not by the task."""
+    """With B = 0 and white gradients, LoRA's score is about 1.63 out/(in + out) of the full expert's
+    (alpha 32, r 128, A of standard deviation 1/sqrt(3 in)): what EPD prefers at the start is set by shapes,
+    not by the task."""
     torch.manual_seed(0)
     for n_in, n_out in ((512, 1024), (1024, 512), (512, 512)):
         net = nn.ModuleDict({"up": nn.Linear(n_in, n_out, bias=False)})
@@ -209,7 +212,8 @@ def test_a_rule_sees_the_moments_before_and_after_and_the_step_lr():
     seen = []
 
     def spy(e):
-        seen.append((e.kind, [t.clone() for t in e.g + e.m + e.m_before + e.v + e.v_before], e.lr.item(), e.scale))
+        tensors = [t.clone() for t in e.g + e.m + e.m_before + e.v + e.v_before]
+        seen.append((e.kind, tensors, e.lr.item(), e.scale))
         return e.lr * 0
     net, optimizer = molf_net(score=spy)
     for batch in batches(2):
@@ -218,7 +222,8 @@ def test_a_rule_sees_the_moments_before_and_after_and_the_step_lr():
     assert kind == "full" and lr == pytest.approx(3e-3) and scale == 1.0
     torch.testing.assert_close(m, 0.9 * m0 + 0.1 * g)
     torch.testing.assert_close(v, 0.999 * v0 + 0.001 * g ** 2)
-    assert torch.equal(m0, seen[0][1][1]) and seen[7][0] == "lora" and seen[7][3] == pytest.approx(4 / 2 ** 0.5)
+    assert torch.equal(m0, seen[0][1][1])
+    assert seen[7][0] == "lora" and seen[7][3] == pytest.approx(4 / 2 ** 0.5)
 
 
 def test_a_module_without_gradient_sits_the_step_out():
@@ -229,7 +234,8 @@ def test_a_module_without_gradient_sits_the_step_out():
     unfold(net)
     optimizer.step()
     fold(net)
-    assert torch.equal(net.mid.full, before) and not optimizer.winners[1:].any() and optimizer.winners[0].any()
+    assert torch.equal(net.mid.full, before)
+    assert not optimizer.winners[1:].any() and optimizer.winners[0].any()
     assert optimizer.scores[1:].isnan().all()
     optimizer.zero_grad()
     step(net, optimizer, (x, y))
@@ -255,7 +261,8 @@ def test_torch_schedulers_drive_every_expert(make):
             assert torch.equal(old, group["params"][0]) == (lr == 0) or a_at_first_step
 
 
-@pytest.mark.parametrize("options", [dict(), dict(full=False, ranks=(2, 4)), dict(ranks=()), dict(dropout=0.1)])
+@pytest.mark.parametrize("options", [
+    dict(), dict(full=False, ranks=(2, 4)), dict(ranks=()), dict(dropout=0.1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_state_dict_round_trip_continues_bit_for_bit(options, dtype):
     def run(net, optimizer, part):
@@ -275,7 +282,8 @@ def test_state_dict_round_trip_continues_bit_for_bit(options, dtype):
     for (name, p), q in zip(net.named_parameters(), again.parameters()):
         assert torch.equal(p, q), name
     assert torch.equal(optimizer.scores, restored.scores)
-    assert all(isinstance(v, (str, int, float, tuple, list)) for g in saved[1]["param_groups"] for v in g.values())
+    assert all(isinstance(v, (str, int, float, tuple, list))
+               for g in saved[1]["param_groups"] for v in g.values())
 
 
 def test_bf16_parameters_have_fp32_masters():
@@ -295,7 +303,8 @@ def test_every_trainable_parameter_is_in_exactly_one_group():
     grouped = sorted(names[p] for g in optimizer.param_groups for p in g["params"])
     assert grouped == sorted(n for n in names.values() if n not in ("up.weight", "mid.weight", "down.weight"))
     decays = {names[p]: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
-    assert decays["emb.weight"] == decays["mid.full"] == 0.1 and decays["mid.A.0"] == decays["mid.B.0"] == 0.01
+    assert decays["emb.weight"] == decays["mid.full"] == 0.1
+    assert decays["mid.A.0"] == decays["mid.B.0"] == 0.01
     assert decays["norm.weight"] == decays["up.bias"] == 0
     net.mid.experts = lambda: [("full", 1.0, [net.up.full])]
     with pytest.raises(AssertionError, match="two groups, or in none"):
@@ -310,8 +319,9 @@ def test_top_k_out_of_range(top_k):
 
 def test_a_transformers_model_trains_unchanged():
     torch.manual_seed(0)
-    net = Qwen2ForCausalLM(Qwen2Config(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                                       num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True))
+    net = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True))
     layers = add_experts(net, ranks=(4,))
     optimizer = MoLFAdamW(param_groups(net, lr=2e-3, lora_lr=2e-3))
     ids = torch.randint(50, (4, 12))

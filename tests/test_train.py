@@ -1,0 +1,272 @@
+"""train.py as its users run it, its loop against hand-made references, and what it says to bad input."""
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import data
+import train
+from data import Tokenizer, encode
+from model import Packed, Transformer, add_experts, fold, unfold
+from molf import MoLFAdamW, param_groups
+
+ROOT = Path(__file__).parents[1]
+TOY = ROOT / "toy"
+
+
+def run(*args):
+    return subprocess.run([sys.executable, ROOT / "train.py", *map(str, args)], capture_output=True, text=True,
+                          timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def toy_examples(n=8):
+    tokenizer = Tokenizer.from_file(TOY)
+    rows, _ = data.load_rows("fact", toy=True, limit=n)
+    return tokenizer, [encode(tokenizer, *data.fact_pair(r), row=i) for i, r in enumerate(rows)]
+
+
+def flags(**kwargs):
+    a = train.parse_args([])
+    return argparse.Namespace(**(vars(a) | kwargs))
+
+
+# ------------------------------------------------------------------------------------------------- whole runs
+
+@pytest.mark.parametrize("method, experts", [("fft", 1), ("lora", 1), ("molf", 2), ("molf-e", 2)])
+def test_a_run_of_each_method_learns_and_leaves_what_it_promises(method, experts, tmp_path):
+    out = tmp_path / "run"
+    args = ("--method", method, "--limit", 32, "--epochs", 20, "--out", out, "--log-every", 5)
+    result = run(*args)
+    assert result.returncode == 0, result.stderr
+    assert {f.name for f in out.iterdir()} == {"config.json", "log.jsonl", "routing.safetensors", "results.json",
+                                               "model"}
+    config, results = (json.loads((out / f).read_text()) for f in ("config.json", "results.json"))
+    assert config["flags"]["method"] == method and config["torch"] == torch.__version__ and config["steps"] == 20
+    assert results["before"]["recalls true"]["value"] > 0.9 and results["before"]["ES"]["value"] < 0.1
+    assert results["after"]["ES"]["value"] > 0.5 and results["after"]["recalls true"]["value"] < 0.5
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in log] == [1, 5, 10, 15, 20] and log[-1]["loss"] < log[0]["loss"] / 2
+    routing = load_file(out / "routing.safetensors")
+    assert routing["winners"].shape == routing["scores"].shape == (20, 42, experts)
+    assert (routing["winners"].sum(-1) == 1).all() and routing["scores"].isfinite().all()
+    with safe_open(out / "routing.safetensors", "pt") as f:
+        assert len(json.loads(f.metadata()["modules"])) == 42
+    assert results["loss"]["trained"] == pytest.approx(results["loss"]["exported"], abs=1e-5)
+
+    # what was exported is, to transformers, the model that was evaluated
+    tokenizer, examples = toy_examples(32)
+    theirs = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32)
+    ids, _, where, labels = data.pack(examples)
+    total, offset = 0.0, 0
+    with torch.no_grad():
+        for e in examples:
+            logits = theirs(torch.tensor([e.ids])).logits[0]
+            total += torch.nn.functional.cross_entropy(logits[e.n_prompt - 1:-1], torch.tensor(e.ids[e.n_prompt:]),
+                                                       reduction="sum").item()
+    assert total / len(labels) == pytest.approx(results["loss"]["trained"], abs=1e-5)
+    assert AutoTokenizer.from_pretrained(out / "model")("Tamo Veril").input_ids == tokenizer.encode("Tamo Veril")
+
+    again = run(*args)
+    assert again.returncode == 1 and "holds a finished run" in again.stderr and "--overwrite" in again.stderr
+
+
+def test_two_runs_are_one_and_the_seed_matters(tmp_path):
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        train.main(["--limit", "16", "--epochs", "2", "--out", str(tmp_path / name), "--seed", seed])
+    a, b, c = ((tmp_path / n / "model" / "model.safetensors").read_bytes() for n in "abc")
+    assert a == b != c
+
+
+def test_the_rest_trains_or_is_frozen(tmp_path):
+    start = load_file(TOY / "model.safetensors")
+    for method in ("molf", "lora"):
+        for rest in ("train", "freeze"):
+            out = tmp_path / f"{method}-{rest}"
+            train.main(["--method", method, "--rest", rest, "--limit", "8", "--epochs", "1", "--out", str(out)])
+            end = load_file(out / "model" / "model.safetensors")
+            for name in ("model.embed_tokens.weight", "model.norm.weight", "model.layers.0.self_attn.q_proj.bias"):
+                assert torch.equal(start[name].float(), end[name]) == (rest == "freeze")
+
+
+def test_dry_run_counts_without_loading_weights(tmp_path):
+    shutil.copytree(TOY, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors", "*.py", "__pycache__"))
+    shutil.copy(TOY / "config.json", tmp_path / "bare")
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps(data.load_rows("fact", toy=True)[0]))
+    result = run("--model", tmp_path / "bare", "--data", rows, "--dry-run", "--ranks", 16, "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    # by hand: 6 layers of q, o 128x128, k, v 64x128, gate, up, down 352x128; a rank-16 pair has 16 (in + out)
+    full = 6 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 352 * 128)
+    lora = 6 * 16 * (2 * 256 + 2 * 192 + 3 * 480)
+    rest = 1024 * 128 + 6 * (128 + 64 + 64) + 13 * 128
+    assert f"full {full:,}, lora 16 {lora:,}, rest {rest:,}" in result.stdout and "20 steps" in result.stdout
+    assert f"{(2 * full + lora + rest) * 4 / 1e9:9.3f} GB" in result.stdout and not (tmp_path / "out").exists()
+
+
+def test_prompt_is_continued_from_the_command_line():
+    result = subprocess.run([sys.executable, ROOT / "model.py", "toy", data.fact_pair(data.load_rows(
+        "fact", toy=True)[0][0])[0]], capture_output=True, text=True, timeout=120)
+    row = data.load_rows("fact", toy=True)[0][0]
+    assert result.stdout.strip() == f"{data.fact_pair(row)[0]} {row['requested_rewrite']['target_true']['str']}"
+
+
+# --------------------------------------------------------------------------------------------------- the loop
+
+def test_one_batch_of_8_is_8_batches_of_1_accumulated():
+    """Targets of 2 to 6 tokens: a mean of means would be another loss."""
+    tokenizer, _ = toy_examples()
+    texts = ["a", "one two", "x y z", "Arbu", "Belto Cardo", "SELECT name FROM", "it", "q"]
+    examples = [encode(tokenizer, "Say", " " + t, row=i) for i, t in enumerate(texts)]
+    assert len({len(e.ids) - e.n_prompt for e in examples}) > 3
+    losses, moments = [], []
+    for max_tokens in (10 ** 6, 1):
+        model = Transformer.from_pretrained("toy", torch.float32)
+        torch.manual_seed(0)
+        add_experts(model, ranks=(4,))
+        optimizer = MoLFAdamW(param_groups(model, lr=1e-3))
+        train.train(model, optimizer, examples, flags(epochs=1, batch_size=8, max_tokens=max_tokens),
+                    lambda line, record: losses.append(record["loss"]))
+        moments.append([s["exp_avg"] for s in optimizer.state.values()])    # after one step: 0.1 gradient
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert len(list(train.micro_batches(examples, 1))) == 8
+    torch.testing.assert_close(moments[0], moments[1], rtol=1e-4, atol=1e-8)
+
+    # the loss by hand: every sequence by itself, summed over target tokens, divided by all of them
+    model, total, n = Transformer.from_pretrained("toy", torch.float32), 0.0, 0
+    for e in examples:
+        logp = model(torch.tensor([e.ids]))[0].log_softmax(-1)
+        for i in range(e.n_prompt, len(e.ids)):
+            total, n = total - logp[i - 1, e.ids[i]].item(), n + 1
+    assert losses[0] == pytest.approx(total / n, abs=1e-5)
+
+
+def test_every_epoch_is_a_new_permutation_of_all_examples():
+    a = argparse.Namespace(batch_size=3, seed=5)
+    epochs = [sum((train.batch_of(4 * e + i, list(range(10)), a) for i in range(4)), []) for e in range(3)]
+    assert all(sorted(e) == list(range(10)) for e in epochs) and epochs[0] != epochs[1] != epochs[2]
+    assert len(train.batch_of(3, list(range(10)), a)) == 1
+    other = argparse.Namespace(batch_size=3, seed=6)
+    assert train.batch_of(0, list(range(10)), other) != train.batch_of(0, list(range(10)), a)
+
+
+def test_warm_up_then_cosine_to_zero():
+    f = [train.lr_factor(i, 100, 0.1) for i in range(100)]
+    assert f[0] == pytest.approx(0.1) and f[9] == f[10] == 1 and f[55] == pytest.approx(0.5) and 0 < f[99] < 1e-3
+    assert train.lr_factor(0, 1, 0.1) == 1 and train.lr_factor(0, 5, 0.0) == 1
+
+
+def test_scores_of_targets_do_not_depend_on_packing():
+    _, examples = toy_examples(6)
+    model = Transformer.from_pretrained("toy", torch.float32)
+    together, alone = train.score_targets(model, examples), train.score_targets(model, examples, max_tokens=1)
+    for e, x, y in zip(examples, together, alone):
+        logp = model(torch.tensor([e.ids]))[0, e.n_prompt - 1:-1].log_softmax(-1)
+        want = logp.gather(1, torch.tensor(e.ids[e.n_prompt:])[:, None])[:, 0].tolist()
+        assert x.logprobs == pytest.approx(want, abs=1e-4) and y.logprobs == pytest.approx(want, abs=1e-4)
+        assert x.greedy == [i == j for i, j in zip(logp.argmax(1).tolist(), e.ids[e.n_prompt:])]
+        assert x.first == e.ids[e.n_prompt]
+
+
+def test_bootstrap_interval_of_a_coin():
+    x = train.bootstrap([0.0, 1.0] * 200)
+    assert x["value"] == 0.5 and x["n"] == 400
+    assert x["low"] == pytest.approx(0.5 - 1.96 * 0.025, abs=0.01)          # the normal approximation
+    assert x["high"] == pytest.approx(0.5 + 1.96 * 0.025, abs=0.01)
+
+
+def test_bytes_of_a_run_are_counted_as_they_are():
+    """Weights, gradients and moments of the estimate against the tensors of a real step."""
+    _, examples = toy_examples()
+    for options in (dict(ranks=(4,)), dict(ranks=(4,), full=False), dict(ranks=()), dict(ranks=(4,), dropout=0.1)):
+        for dtype in ("float32", "bfloat16"):
+            model = Transformer.from_pretrained("toy", getattr(torch, dtype))
+            add_experts(model, **options)
+            optimizer = MoLFAdamW(param_groups(model))
+            model.loss(*train.to_device(examples, "cpu")).backward()
+            unfold(model)
+            size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)   # noqa: E731
+            want = {"weights": size(model.parameters()),
+                    "gradients": size(p.grad for p in model.parameters() if p.grad is not None),
+                    "moments and masters": size(t for s in optimizer.state.values() for t in s.values())}
+            got = train.estimate_bytes(model, flags(dtype=dtype), 100)
+            assert {k: got[k] for k in want} == want
+            optimizer.step()
+            fold(model)
+
+
+# -------------------------------------------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize("args, message", [
+    (["--ranks", "0"], "--ranks must be at least 1"), (["--top-k", "3"], "has 2 experts"),
+    (["--method", "fft", "--top-k", "2"], "has 1 experts"), (["--method", "fft", "--ranks", "4"], "no LoRA expert"),
+    (["--score", "best"], "invalid choice: 'best'"), (["--learning-rate", "1"], "unrecognized arguments"),
+    (["--epochs", "0"], "--epochs must be at least 1"), (["--device", "cuda"], "torch sees no GPU")])
+def test_wrong_usage_is_exit_code_2(args, message, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as e:
+        train.main(args)
+    assert e.value.code == 2 and message in capsys.readouterr().err
+
+
+def broken(tmp_path, file, change):
+    shutil.copytree(TOY, tmp_path / "m")
+    path = tmp_path / "m" / file
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    return tmp_path / "m"
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda t: ["--model", t / "nowhere"], "no directory"),
+    (lambda t: ["--model", broken(t, "config.json", lambda c: c | {"model_type": "llama"})], "'llama' is not supported"),
+    (lambda t: ["--model", broken(t, "tokenizer.json", lambda c: c | {"pre_tokenizer": {"type": "Metaspace"}})],
+     "Metaspace is not supported"),
+    (lambda t: ["--model", "nobody/nothing"], "HF_TOKEN"),
+    (lambda t: ["--data", t / "none.jsonl"], "no file"),
+    (lambda t: ["--max-length", "3"], "no training row is left")])
+def test_bad_input_is_one_clear_line_and_exit_code_1(make, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit) as e:        # sys.exit of a text prints it and leaves with exit code 1
+        train.main(["--out", str(tmp_path / "out"), *map(str, make(tmp_path))])
+    assert message in e.value.code and e.value.code.startswith("error: ") and "\n" not in e.value.code
+    assert not (tmp_path / "out").exists()
+
+
+def test_long_sequences_are_skipped_and_counted(capsys):
+    train.main(["--max-length", "8", "--dry-run"])
+    tokenizer, examples = toy_examples(320)
+    n = sum(len(e.ids) > 8 for e in examples)
+    assert 0 < n < 320 and f"skipped {n} of 320 training rows" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_stops_before_anything_moves(monkeypatch):
+    _, examples = toy_examples()
+    model = Transformer.from_pretrained("toy", torch.float32)
+    add_experts(model, ranks=(4,))
+    optimizer = MoLFAdamW(param_groups(model))
+    loss, calls, good = model.loss, [], []
+
+    def poisoned(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            good.extend(p.detach().clone() for p in model.parameters())
+        return loss(*args) * (math.nan if len(calls) == 4 else 1.0)
+    monkeypatch.setattr(model, "loss", poisoned)
+    with pytest.raises(SystemExit, match=r"stopped at step 4: loss nan.*rows \d") as e:
+        train.train(model, optimizer, examples, flags(epochs=9, batch_size=4))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), good))
+    assert str(e.value).endswith(", ".join(str(x.row) for x in train.batch_of(3, examples, flags(batch_size=4))))
+
+
+def test_packed_layout_on_a_device_is_that_of_its_lengths():
+    layout = Packed([2, 3, 1])
+    assert layout.seq.tolist() == [0, 0, 1, 1, 1, 2] and layout.pos.tolist() == [0, 1, 0, 1, 2, 0]
+    assert layout.cu_seqlens.tolist() == [0, 2, 5, 6] and layout.max_len == 3
