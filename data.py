@@ -16,6 +16,7 @@ import re
 import shutil
 import unicodedata
 import urllib.request
+import zlib
 from functools import cache, partial
 from itertools import chain, groupby, pairwise
 from pathlib import Path
@@ -227,6 +228,8 @@ def encode_prompt(tokenizer, prompt):
 def encode(tokenizer, prompt, target, row=-1):
     """-> Example. The target is encoded by itself, so its tokens never depend on the prompt's end."""
     head = encode_prompt(tokenizer, prompt)
+    if not head:
+        raise ValueError(f"row {row}: an empty prompt, which nothing can be predicted from")
     return Example(head + tokenizer.encode(target) + [tokenizer.eos_id], len(head), row)
 
 
@@ -253,26 +256,24 @@ def read_rows(path):
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-        return [(f"{path} row {i + 1}", row) for i, row in enumerate(rows)]
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as f:
-        if path.name.removesuffix(".gz").endswith(".json"):
-            try:
-                rows = json.load(f)
-            except ValueError as e:
-                raise ValueError(f"{path} is not JSON: {e}") from e
-            return [(f"{path} item {i + 1}", row) for i, row in enumerate(rows)]
-        out = []
-        for i, line in enumerate(f):
-            try:
-                if line.strip():
-                    out.append((f"{path} line {i + 1}", json.loads(line)))
-            except ValueError as e:
-                raise ValueError(f"{path} line {i + 1} is not JSON: {e}") from e
-        return out
+    place = ""
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+            rows = enumerate(pyarrow.parquet.read_table(path).to_pylist())
+        else:
+            raw = path.read_bytes()
+            text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
+            if path.name.removesuffix(".gz").endswith(".json"):
+                rows = enumerate(json.loads(text))
+            else:
+                rows = []
+                for i, line in enumerate(text.split("\n")):
+                    place = f" line {i + 1}"
+                    rows += [(i, json.loads(line))] if line.strip() else []
+    except (ValueError, TypeError, OSError, EOFError, zlib.error) as e:
+        raise ValueError(f"{path}{place} cannot be read: {e}") from e
+    return [(f"{path} line {i + 1}", row) for i, row in rows]
 
 
 def check_row(where, row, fields):

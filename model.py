@@ -132,11 +132,13 @@ class Packed:
     """S sequences end to end in one row of N tokens. A token sees its own sequence up to itself."""
 
     def __init__(self, lengths, device="cpu"):
-        n = torch.tensor(lengths, device=device)                                            # (S,)
+        n = torch.tensor(lengths)               # (S,) on the CPU: on a GPU repeat_interleave would be a sync
+        cu_seqlens = F.pad(n.cumsum(0), (1, 0))
+        seq = torch.repeat_interleave(torch.arange(len(n)), n)
+        pos = torch.arange(len(seq)) - cu_seqlens[seq]
         self.max_len = max(lengths)
-        self.cu_seqlens = F.pad(n.cumsum(0), (1, 0)).int()                                  # (S + 1,)
-        self.seq = torch.repeat_interleave(torch.arange(len(n), device=device), n)          # (N,)
-        self.pos = torch.arange(len(self.seq), device=device) - self.cu_seqlens[self.seq]   # (N,)
+        self.cu_seqlens = cu_seqlens.int().to(device, non_blocking=True)                    # (S + 1,)
+        self.seq, self.pos = (t.to(device, non_blocking=True) for t in (seq, pos))          # (N,), (N,)
 
     def attend(self, q, k, v, layer, scale, window):
         """q (N, H, D), k and v (N, Hkv, D) -> (N, H, D); window 0 means no window."""

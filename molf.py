@@ -143,20 +143,16 @@ class MoLFAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         self.refresh()
         self.update()
         return loss
 
     def refresh(self):
-        """The step's numbers, computed on the host in double precision, to the device in one copy."""
+        """The step's numbers, reckoned on the host in double precision, to the device in one copy."""
         rows = []
         for group in self.param_groups:
-            if group["params"][0].grad is not None:
-                group["t"] += 1
+            group["t"] += any(p.grad is not None for p in group["params"])
             lr, (beta1, beta2), t = float(group["lr"]), group["betas"], max(group["t"], 1)
             rows.append([lr, 1 - lr * group["weight_decay"], lr / (1 - beta1 ** t), (1 - beta2 ** t) ** 0.5])
         rows = torch.tensor(rows)
@@ -165,11 +161,9 @@ class MoLFAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def update(self):
         """The step itself: device work only, on tensors that stay where they are."""
-        scores = []
-        for module in self.modules:
-            scores.append([self._observe(i) for i in module])
-        if scores:
-            self.scores.copy_(torch.stack([s for row in scores for s in row]).view_as(self.scores))
+        if self.modules:
+            scores = torch.stack([self._observe(i) for module in self.modules for i in module])
+            self.scores.copy_(scores.view_as(self.scores))
             alive = ~self.scores.isnan().any(dim=-1, keepdim=True)
             self.winners.copy_(route(self.scores, self.top_k) & alive)
         for module, won in zip(self.modules, self.winners):
@@ -211,9 +205,8 @@ class MoLFAdamW(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
-        params = [p for g in self.param_groups for p in g["params"]]
-        for p, saved in zip(params, state_dict["state"].values()):
-            for key, value in saved.items():    # torch casts state to the parameter's dtype, bf16: not ours
+        for i, p in enumerate(p for g in self.param_groups for p in g["params"]):
+            for key, value in state_dict["state"][i].items():   # torch has cast it to the parameter's dtype
                 self.state[p][key] = value.to(p.device, torch.float32, copy=True)
 
 
@@ -232,10 +225,9 @@ def param_groups(model, lr=5e-5, lora_lr=5e-5, weight_decay=0.1, lora_weight_dec
                                expert=i, scale=scale))
     routed = {p for g in groups for p in g["params"]}
     trainable = [p for p in model.parameters() if p.requires_grad and p not in derived]
-    rest = [p for p in trainable if p not in routed]
-    for matrices, decay in ((True, weight_decay), (False, 0.0)):
-        if params := [p for p in rest if (p.dim() > 1) == matrices]:
-            groups.append(dict(params=params, kind="rest", lr=lr, weight_decay=decay))
+    for p in trainable:
+        if p not in routed:
+            groups.append(dict(params=[p], kind="rest", lr=lr, weight_decay=weight_decay * (p.dim() > 1)))
     grouped = [p for g in groups for p in g["params"]]
     assert len(grouped) == len(set(grouped)) and set(grouped) == set(trainable), \
         "a trainable parameter is in two groups, or in none"

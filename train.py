@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -122,11 +123,16 @@ def to_device(examples, device):
     return ids, Packed(lengths, device), where, labels
 
 
+@lru_cache(maxsize=2)
+def order_of(n, seed, epoch):
+    """The order of n examples in an epoch depends on the seed and the epoch alone."""
+    return random.Random(f"{seed} {epoch}").sample(range(n), n)
+
+
 def batch_of(step, examples, a):
-    """The examples of an optimizer step. The order of an epoch depends on the seed and the epoch alone."""
+    """The examples of an optimizer step; the last batch of an epoch may be smaller."""
     epoch, i = divmod(step, math.ceil(len(examples) / a.batch_size))
-    order = list(range(len(examples)))
-    random.Random(f"{a.seed} {epoch}").shuffle(order)
+    order = order_of(len(examples), a.seed, epoch)
     return [examples[j] for j in order[i * a.batch_size:(i + 1) * a.batch_size]]
 
 
@@ -176,9 +182,12 @@ def train(model, optimizer, examples, a, log=print):
         if (step + 1) % a.log_every == 0 or step in (0, total - 1):
             loss, norm, w, s = (torch.stack(x).cpu() for x in zip(*pending))            # the one sync
             stop_if_not_finite(step, loss, norm, examples, a)
+            if not s.isfinite().all():
+                sys.exit(f"error: the rule {a.score} gave a score that is not finite, by step {step + 1}")
             winners.append(w), scores.append(s), pending.clear()
-            speed = tokens / (time.perf_counter() - clock) if step > untimed else math.nan
-            left = (total - 1 - step) / (step - untimed + 1) * tokens / speed if step > untimed else 0
+            seconds = time.perf_counter() - clock if step > untimed else 0.0
+            speed = tokens / seconds if seconds else 0.0
+            left = seconds * (total - 1 - step) / max(1, step - untimed + 1)
             share = w[..., 0].float().mean().item() if "full" in kinds else 0.0         # since the last log
             record = dict(step=step + 1, loss=loss[-1].item(), lr=rates, grad_norm=norm[-1].item(),
                           full_share=share, tok_per_s=speed, eta_s=left, peak_gb=peak_memory(device))
@@ -244,7 +253,8 @@ def evaluate(model, tokenizer, task, rows, max_tokens):
     queries = [[data.encode(tokenizer, *q) for q in task.queries(row)] for row in rows]
     scored = iter(score_targets(model, [e for q in queries for e in q], max_tokens))
     per_row = [task.metrics(row, [next(scored) for _ in q]) for row, q in zip(rows, queries)]
-    return {name: bootstrap([m[name] for m in per_row if name in m]) for name in per_row[0]}
+    names = dict.fromkeys(name for m in per_row for name in m)
+    return {name: bootstrap([m[name] for m in per_row if name in m]) for name in names}
 
 
 def bootstrap(values, resamples=1000):

@@ -474,6 +474,8 @@ def test_an_example_is_bos_prompt_target_eos_and_the_loss_covers_target_and_eos(
     assert e == Example([2, 97, 98, 32, 99, 1], 3, 7)
     no_bos = Letters()
     no_bos.bos_id = None
+    with pytest.raises(ValueError, match="row 3: an empty prompt"):
+        encode(no_bos, "", "x", row=3)
     assert encode(no_bos, "ab", " c").ids == [97, 98, 32, 99, 1]
     ids, lengths, where, labels = pack([e, encode(Letters(), "x", "yz")])
     assert ids == [2, 97, 98, 32, 99, 1, 2, 120, 121, 122, 1] and lengths == [6, 5]
@@ -541,11 +543,14 @@ def test_a_file_that_is_missing_or_not_json(tmp_path):
     with pytest.raises(FileNotFoundError, match="no file .*nowhere.json"):
         read_rows(tmp_path / "nowhere.json")
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"a": \n')
-    with pytest.raises(ValueError, match="a.jsonl line 2 is not JSON"):
+    with pytest.raises(ValueError, match="a.jsonl line 2 cannot be read"):
         read_rows(tmp_path / "a.jsonl")
-    (tmp_path / "a.json").write_text("[1, 2")
-    with pytest.raises(ValueError, match="a.json is not JSON"):
-        read_rows(tmp_path / "a.json")
+    cut = gzip.compress(b"{}" * 99)[:-9]
+    for name, content in (("b.json", b"[1, 2"), ("c.json", b"3"), ("d.jsonl", b"\xff\xfe"),
+                          ("e.parquet", b"PAR1"), ("f.jsonl.gz", cut), ("g.json.gz", b"no gzip")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}.* cannot be read"):
+            read_rows(tmp_path / name)
 
 
 def test_a_download_is_whole_or_not_there_and_happens_once(tmp_path):

@@ -348,3 +348,23 @@ def test_the_demonstration_shows_epd_sending_low_rank_to_lora_and_full_rank_to_t
            if "full won" in x]
     assert len(epd) == 2 and epd[0] < 50 < epd[1]
     assert all(name in out.stdout for name in SCORES)
+
+
+def test_a_parameter_that_joins_late_counts_its_own_steps():
+    """AdamW's bias correction goes by each parameter's own steps, also in the rest."""
+    net, optimizer = molf_net(ranks=())
+    torch.manual_seed(0)
+    plain = Net()
+    groups = [dict(params=[p], weight_decay=0.1 * (p.dim() > 1)) for p in plain.parameters()]
+    reference = torch.optim.AdamW(groups, lr=3e-3, foreach=False)
+    for i, (x, y) in enumerate(batches(12)):
+        for model, opt in ((net, optimizer), (plain, reference)):
+            h = model.mid(torch.relu(model.up(model.emb(x))))       # norm and down join at the fifth step
+            loss = h.square().mean() if i < 4 else (model.down(model.norm(h)) - y).square().mean()
+            loss.backward()
+            unfold(model)
+            opt.step()
+            fold(model)
+            opt.zero_grad()
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(net.get_parameter(name), p, rtol=0, atol=1e-7)
