@@ -77,14 +77,15 @@ class Config:
     def from_dict(cls, raw):
         """From a parsed config.json; ValueError for another family, or for what is not built here."""
         if raw.get("model_type") == "gemma3" and "text_config" in raw:      # multimodal: take its text part
-            keys = {"eos_token_id", "bos_token_id", "pad_token_id", "tie_word_embeddings", "torch_dtype"}
+            keys = {"eos_token_id", "bos_token_id", "pad_token_id", "tie_word_embeddings",
+                    "torch_dtype", "dtype"}
             raw = {k: raw[k] for k in keys & set(raw)} | raw["text_config"] | {"model_type": "gemma3_text"}
         if raw.get("model_type") not in ("qwen2", "gemma3_text"):
             raise ValueError(f"model_type {raw.get('model_type')!r} is not supported: qwen2 (Qwen2.5) and "
                              f"gemma3_text (Gemma-3) are")
         gemma = raw["model_type"] == "gemma3_text"
-        raw = (GEMMA if gemma else QWEN) | raw
-        if missing := [k for k in COPIED if k not in raw]:
+        given, raw = raw, (GEMMA if gemma else QWEN) | raw
+        if missing := [k for k in COPIED if raw.get(k) is None]:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
         act = raw["hidden_activation" if gemma else "hidden_act"]
         if act != ("gelu_pytorch_tanh" if gemma else "silu"):
@@ -100,7 +101,7 @@ class Config:
         elif types is None:             # Qwen's sliding window is off in the released models
             first = raw.get("max_window_layers", n) if raw.get("use_sliding_window") else n
             types = ["sliding_attention" if i >= first else "full_attention" for i in range(n)]
-        return cls(gemma=gemma, head_dim=head_dim, raw=raw,
+        return cls(gemma=gemma, head_dim=head_dim, raw=given,
                    num_key_value_heads=raw.get("num_key_value_heads") or heads,
                    softmax_scale=(raw["query_pre_attn_scalar"] if gemma else head_dim) ** -0.5,
                    layer_types=types, sliding_window=raw.get("sliding_window") or 0,
@@ -300,10 +301,14 @@ class Transformer(nn.Module):
                 x = block(x, rope[kind], layout)
         return self.model["norm"](x)
 
+    @property
+    def head(self):
+        """The matrix (V, C) that turns hidden states into logits; the embedding, where they are tied."""
+        return (self.model["embed_tokens"] if self.config.tie_word_embeddings else self.lm_head).weight
+
     def logits(self, x):
         """x (..., C) -> (..., V), in the weights' dtype."""
-        head = self.model["embed_tokens"] if self.config.tie_word_embeddings else self.lm_head
-        return F.linear(x, head.weight)
+        return F.linear(x, self.head)
 
     def forward(self, ids):
         layout = Packed([ids.shape[1]] * len(ids), ids.device)
@@ -371,7 +376,7 @@ class Transformer(nn.Module):
             if isinstance(layer, MoLFLinear):
                 for expert in [n for n, _ in layer.named_parameters() if n not in ("weight", "bias")]:
                     del state[f"{name}.{expert}"]
-                state[f"{name}.weight"] = layer.merged()
+                state[f"{name}.weight"] = layer.merged().to("cpu", dtype)
         state = {name: p.to("cpu", dtype).contiguous() for name, p in state.items()}
         raw = {k: v for k, v in self.config.raw.items() if k != "dtype"}
         raw |= {"architectures": ["Gemma3ForCausalLM" if self.config.gemma else "Qwen2ForCausalLM"],
@@ -383,6 +388,7 @@ class Transformer(nn.Module):
                     shutil.copyfile(f, directory / f.name)
         save_safely(directory / "model.safetensors", lambda path: save_file(state, path, {"format": "pt"}))
         save_safely(directory / "config.json", json.dumps(raw, indent=2) + "\n")
+        (directory / "model.safetensors.index.json").unlink(missing_ok=True)        # of shards that stood here
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -449,6 +455,8 @@ def add_experts(model, ranks=(128,), alpha=32, full=True, dropout=0.0, targets=T
         raise ValueError("no expert to train: give ranks, or full=True")
     if any(r < 1 for r in ranks):
         raise ValueError(f"ranks must be at least 1, got {list(ranks)}")
+    if any(isinstance(m, MoLFLinear) for m in model.modules()):
+        raise ValueError("the model has experts already")
     model.requires_grad_(full if train_rest is None else train_rest)
     layers = []
     for name, linear in list(model.named_modules()):
@@ -504,7 +512,7 @@ def find_checkpoint(path_or_repo):
         return Path(snapshot_download(name, allow_patterns=files))
     except Exception as e:      # the hub library has dozens of kinds; whichever it is, its words are in ours
         raise OSError(
-            f"cannot download https://huggingface.co/{name} ({type(e).__name__}: {str(e).splitlines()[0]}). "
+            f"cannot download https://huggingface.co/{name} ({type(e).__name__}: {str(e).partition(chr(10))[0]}). "
             f"If the model is gated, accept its licence at that address and set HF_TOKEN; without a network "
             f"give a local directory, or set HF_HUB_OFFLINE=1 if the model is in the cache") from e
 
@@ -515,7 +523,7 @@ def read_config(directory):
         raise FileNotFoundError(f"{path} is missing: a checkpoint has config.json and *.safetensors")
     try:
         return Config.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as e:
+    except (ValueError, TypeError, AttributeError, KeyError, ArithmeticError) as e:
         raise ValueError(f"{path}: {e}") from e
 
 
@@ -523,7 +531,7 @@ def load_weights(model, directory, dtype, device):
     """Fill a model on the meta device from model.safetensors or its sharded index; every tensor is accounted
     for. Of a multimodal Gemma-3 the text part is taken, under either of its two prefixes."""
     index, files = directory / "model.safetensors.index.json", [directory / "model.safetensors"]
-    if index.is_file():
+    if index.is_file() and not files[0].is_file():
         files = sorted({directory / f for f in json.loads(index.read_text())["weight_map"].values()})
     want, got, unexpected, wrong = dict(model.named_parameters()), {}, [], []
     for file in files:
@@ -566,9 +574,15 @@ def save_safely(path, content):
 
 if __name__ == "__main__":
     from data import Tokenizer, encode_prompt
-    if len(sys.argv) not in (3, 4):
-        sys.exit(__doc__.split("\n\n")[1])
-    model = Transformer.from_pretrained(sys.argv[1], device="cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer, temperature = Tokenizer.from_file(model.source), float(sys.argv[3]) if sys.argv[3:] else 0.0
-    (new,) = model.generate([encode_prompt(tokenizer, sys.argv[2])], 100, tokenizer.eos_ids, temperature)
-    print(sys.argv[2] + tokenizer.decode(new))
+    try:
+        path, prompt, temperature = sys.argv[1], sys.argv[2], float((sys.argv[3:] or [0])[0])
+    except (IndexError, ValueError):
+        print(__doc__.split("\n\n")[1], file=sys.stderr)
+        sys.exit(2)
+    try:
+        model = Transformer.from_pretrained(path, device="cuda" if torch.cuda.is_available() else "cpu")
+        tokenizer = Tokenizer.from_file(model.source)
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+    (new,) = model.generate([encode_prompt(tokenizer, prompt)], 100, tokenizer.eos_ids, temperature)
+    print(prompt + tokenizer.decode(new))

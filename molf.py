@@ -73,7 +73,7 @@ def align(e):
 
 
 def always_full(e):
-    """No routing: full fine-tuning."""
+    """No routing: full fine-tuning (but clipped by the norm over both experts' gradients)."""
     return torch.full_like(e.lr, e.kind == "full")
 
 
@@ -115,7 +115,8 @@ class MoLFAdamW(torch.optim.Optimizer):
     and scale (strings and numbers, so any LR scheduler and state_dict work), and "rest" groups, not routed.
 
     score: a rule as above. top_k: how many experts of a module move at each step. A module without gradients
-    sits the step out (scores NaN, no winner). step() never waits for the device."""
+    sits the step out (scores NaN, no winner). step() never waits for the device.
+    optimizer.step(ok=...): a 0-d bool on the device; where it is False nothing changes at all."""
 
     def __init__(self, groups, lr=5e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, score=epd, top_k=1):
         super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, kind="rest",
@@ -138,13 +139,15 @@ class MoLFAdamW(torch.optim.Optimizer):
         self.score, self.top_k = score, top_k
         device = self.param_groups[0]["params"][0].device
         self.hyper = torch.zeros(len(self.param_groups), 4, device=device)
+        self.ok = torch.ones((), dtype=torch.bool, device=device)
         self.scores = torch.full((len(self.modules), n), torch.nan, device=device)
         self.winners = torch.zeros(len(self.modules), n, dtype=torch.bool, device=device)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure=None, ok=None):
         loss = None if closure is None else torch.enable_grad()(closure)()
         self.refresh()
+        self.ok.fill_(True) if ok is None else self.ok.copy_(ok)
         self.update()
         return loss
 
@@ -165,7 +168,7 @@ class MoLFAdamW(torch.optim.Optimizer):
             scores = torch.stack([self._observe(i) for module in self.modules for i in module])
             self.scores.copy_(scores.view_as(self.scores))
             alive = ~self.scores.isnan().any(dim=-1, keepdim=True)
-            self.winners.copy_(route(self.scores, self.top_k) & alive)
+            self.winners.copy_(route(self.scores, self.top_k) & alive & self.ok)
         for module, won in zip(self.modules, self.winners):
             for i, wins in zip(module, won):
                 self._move(i, wins)
@@ -184,7 +187,7 @@ class MoLFAdamW(torch.optim.Optimizer):
         now = [list(x) for x in zip(*(adam_moments(*x, *group["betas"]) for x in zip(g, *before)))]
         score = self.score(Expert(group["kind"], w, g, *now, *before, lr, group["scale"], group["eps"]))
         for old, new in zip(before[0] + before[1], now[0] + now[1]):
-            old.copy_(new)
+            old.copy_(torch.where(self.ok, new, old))
         return score
 
     def _move(self, i, wins=None):
@@ -197,9 +200,9 @@ class MoLFAdamW(torch.optim.Optimizer):
             m, v, w = (self.state[p].get(k, p) for k in ("exp_avg", "exp_avg_sq", "master"))
             if wins is None:
                 for old, new in zip((m, v), adam_moments(p.grad, m, v, *group["betas"])):
-                    old.copy_(new)
+                    old.copy_(torch.where(self.ok, new, old))
             new = adamw(w, m, v, decay, step_size, correction, group["eps"])
-            w.copy_(new if wins is None else torch.where(wins, new, w))     # a loser keeps its very bits
+            w.copy_(torch.where(self.ok if wins is None else wins, new, w))     # a loser keeps its very bits
             if w is not p:
                 p.copy_(w)
 
@@ -211,11 +214,11 @@ class MoLFAdamW(torch.optim.Optimizer):
 
 
 def param_groups(model, lr=5e-5, lora_lr=5e-5, weight_decay=0.1, lora_weight_decay=0.01):
-    """Groups for MoLFAdamW: every expert of every module that has `experts()`, then the rest, with the full
+    """Groups for MoLFAdamW: every expert of every MoLFLinear, by its `experts()`, then the rest, with the full
     expert's lr; its vectors (biases, norms) do not decay. Each trainable parameter is in exactly one."""
     groups, derived = [], set()
     for name, module in model.named_modules():
-        if not hasattr(module, "experts"):
+        if not hasattr(module, "folded"):               # (MoE blocks have an attribute `experts` as well)
             continue
         if module.folded:                               # its weight is computed from the experts, not trained
             derived.add(module.weight)

@@ -13,6 +13,7 @@ import math
 import platform
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -67,7 +68,7 @@ def parse_args(argv=None):
     add("--limit", type=int, help="use only the first N training rows")
     add("--eval-limit", type=int, help="evaluate on the first N rows only")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=["bfloat16", "float32", "float16"], 
+    add("--dtype", choices=["bfloat16", "float32"], 
         help="of the weights in the forward pass; experts and moments are always float32 (default: bfloat16 "
              "on a GPU, float32 on a CPU)")
     add("--seed", type=int, default=42, help="of experts, order of the data and dropout (default: 42)")
@@ -92,10 +93,13 @@ def parse_args(argv=None):
             p.error(f"--{key.replace('_', '-')} must be at least 1")
     if not 0 <= a.dropout < 1 or not 0 <= a.warmup <= 1:
         p.error("--dropout and --warmup are shares, from 0 to 1")
-    if a.device.startswith("cuda") and not torch.cuda.is_available():
-        p.error(f"--device {a.device}: torch sees no GPU")
+    try:
+        torch.empty(0, device=a.device)
+    except (RuntimeError, AssertionError) as e:
+        p.error(f"--device {a.device}: {str(e).splitlines()[0]}")
     if not a.out:
-        name = hashlib.sha256(repr(sorted(vars(a).items())).encode()).hexdigest()[:8]
+        what = [(k, v) for k, v in sorted(vars(a).items()) if k not in ("overwrite", "dry_run", "log_every")]
+        name = hashlib.sha256(repr(what).encode()).hexdigest()[:8]
         a.out = f"runs/{Path(a.model).name}-{a.task}-{a.method}-{name}"
     return a
 
@@ -157,6 +161,7 @@ def train(model, optimizer, examples, a, log=print):
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: lr_factor(i, total, a.warmup))
     pending, winners, scores = [], [], []           # pending: device tensors of the steps since the last log
     tokens, clock, untimed = 0, 0.0, min(3, total - 1)                      # the first steps are not timed
+    ok = torch.ones((), dtype=torch.bool, device=device)                    # so far all was finite
     model.train()
     for step in range(total):
         if step == untimed:
@@ -170,10 +175,9 @@ def train(model, optimizer, examples, a, log=print):
             loss = loss + part.detach()
         unfold(model)                           # one G -> the exact gradient of every expert
         norm = torch.nn.utils.clip_grad_norm_(params, a.clip)
-        if device.type == "cpu":                # where looking costs nothing, look before anything moves
-            stop_if_not_finite(step, loss[None], norm[None], examples, a)
         rates = {kind: optimizer.param_groups[i]["lr"] for kind, i in kinds.items()}
-        optimizer.step()                        # moments, scores, winners
+        ok = ok & (loss + norm).isfinite()
+        optimizer.step(ok=ok)                   # moments, scores, winners
         fold(model)                             # the winners' new weights -> the one that the forward uses
         optimizer.zero_grad()
         schedule.step()
@@ -183,7 +187,7 @@ def train(model, optimizer, examples, a, log=print):
             loss, norm, w, s = (torch.stack(x).cpu() for x in zip(*pending))            # the one sync
             stop_if_not_finite(step, loss, norm, examples, a)
             if not s.isfinite().all():
-                sys.exit(f"error: the rule {a.score} gave a score that is not finite, by step {step + 1}")
+                raise FloatingPointError(f"the rule {a.score} gave a score that is not finite by step {step + 1}")
             winners.append(w), scores.append(s), pending.clear()
             seconds = time.perf_counter() - clock if step > untimed else 0.0
             speed = tokens / seconds if seconds else 0.0
@@ -208,13 +212,14 @@ def full_share(winners, module_names):
 
 
 def stop_if_not_finite(last, loss, norm, examples, a):
-    """loss and norm (n,) of the n steps up to `last`: stop if one is not finite, and name its rows."""
+    """loss and norm (n,) of the n steps up to `last`: raise if one is not finite, and name its rows. From that
+    step on nothing has moved."""
     bad = (~(loss + norm).isfinite()).nonzero()
     if len(bad):
         i, step = bad[0].item(), last + 1 - len(loss) + bad[0].item()
         rows = ", ".join(str(e.row) for e in batch_of(step, examples, a))
-        sys.exit(f"error: stopped at step {step + 1}: loss {loss[i].item()}, gradient norm {norm[i].item()}. "
-                 f"No model was written. Lower --lr and --lora-lr, or look at the batch, rows {rows}")
+        raise FloatingPointError(f"stopped at step {step + 1}: loss {loss[i].item()}, gradient norm "
+                                 f"{norm[i].item()}; lower --lr and --lora-lr, or look at rows {rows}")
 
 
 def peak_memory(device):
@@ -238,7 +243,8 @@ def score_targets(model, examples, max_tokens=16384):
         hidden, logprobs, greedy = model.hidden(ids, layout)[where], [], []
         for x, y in zip(hidden.split(LOGIT_ROWS), labels.split(LOGIT_ROWS)):
             logits = model.logits(x).float()
-            logprobs.append((logits.gather(1, y[:, None]) - logits.logsumexp(1, keepdim=True))[:, 0])
+            # The target's logit is summed in fp32: in bf16, 20.0 and 20.05 would tie.
+            logprobs.append((x.float() * model.head[y].float()).sum(1) - logits.logsumexp(1))
             greedy.append(logits.argmax(1) == y)
         logprobs, greedy, i = torch.cat(logprobs).tolist(), torch.cat(greedy).tolist(), 0
         for e in batch:
@@ -248,11 +254,11 @@ def score_targets(model, examples, max_tokens=16384):
     return results
 
 
-def evaluate(model, tokenizer, task, rows, max_tokens):
-    """-> {metric: {"value", "n", "low", "high"}}: the mean over rows with a 95 % bootstrap interval."""
-    queries = [[data.encode(tokenizer, *q) for q in task.queries(row)] for row in rows]
-    scored = iter(score_targets(model, [e for q in queries for e in q], max_tokens))
-    per_row = [task.metrics(row, [next(scored) for _ in q]) for row, q in zip(rows, queries)]
+def evaluate(model, task, questions, max_tokens):
+    """questions: [(row, [Example])] -> {metric: {"value", "n", "low", "high"}}: the mean over rows with a 95 %
+    bootstrap interval."""
+    scored = iter(score_targets(model, [e for _, examples in questions for e in examples], max_tokens))
+    per_row = [task.metrics(row, [next(scored) for _ in examples]) for row, examples in questions]
     names = dict.fromkeys(name for m in per_row for name in m)
     return {name: bootstrap([m[name] for m in per_row if name in m]) for name in names}
 
@@ -268,9 +274,10 @@ def bootstrap(values, resamples=1000):
 # the run
 
 def provenance():
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=Path(__file__).parent,
-                         capture_output=True, text=True)
-    return dict(argv=sys.argv, git=git.stdout.strip() or None, python=platform.python_version(),
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    git = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() \
+        if shutil.which("git") else None
+    return dict(argv=sys.argv, git=git, python=platform.python_version(),
                 gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
                 torch=torch.__version__, threads=torch.get_num_threads(),
                 date=time.strftime("%Y-%m-%d %H:%M:%S"))
@@ -309,7 +316,7 @@ def estimate_bytes(model, a, tokens):
 
 
 def read_data(a, tokenizer):
-    """-> (training examples, evaluation rows). Says how many rows were left out, and why."""
+    """-> (training examples, [(evaluation row, its examples)]). Says how many rows were left out, and why."""
     task = data.TASKS[a.task]
     train_rows, eval_rows = data.load_rows(a.task, a.data, toy=a.model == "toy", limit=a.limit)
     examples = [data.encode(tokenizer, *task.pair(row), row=i) for i, row in enumerate(train_rows)]
@@ -319,33 +326,31 @@ def read_data(a, tokenizer):
               f"--max-length {a.max_length} tokens; cut none")
     if not kept:
         raise ValueError("no training row is left: raise --max-length")
-    return kept, eval_rows[:a.eval_limit]
+    return kept, [(row, [data.encode(tokenizer, *q, row=i) for q in task.queries(row)])
+                  for i, row in enumerate(eval_rows[:a.eval_limit])]
 
 
 def main(argv=None):
     a = parse_args(argv)
-    out, task, dtype = Path(a.out), data.TASKS[a.task], getattr(torch, a.dtype)
     torch.set_flush_denormal(True)      # second moments reach 1e-40, where a CPU is several times slower
     try:
+        out, source = Path(a.out), find_checkpoint(a.model)
         if (out / "results.json").exists() and not (a.overwrite or a.dry_run):
             raise FileExistsError(f"{out} holds a finished run: give another --out, or --overwrite")
-        source = find_checkpoint(a.model)
         config, tokenizer = read_config(source), Tokenizer.from_file(source)
-        examples, eval_rows = read_data(a, tokenizer)
+        examples, questions = read_data(a, tokenizer)
         if a.dry_run:
             with torch.device("meta"):
-                model = Transformer(config).to(dtype)
+                model = Transformer(config).to(getattr(torch, a.dtype))
         else:
-            model = Transformer.from_pretrained(source, dtype, a.device)
-            out.mkdir(parents=True, exist_ok=True)
+            model = Transformer.from_pretrained(source, getattr(torch, a.dtype), a.device)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
-    steps = a.epochs * math.ceil(len(examples) / a.batch_size)
-    before = None if a.dry_run else evaluate(model, tokenizer, task, eval_rows, a.max_tokens)
+    before = None if a.dry_run else evaluate(model, data.TASKS[a.task], questions, a.max_tokens)
     model.checkpointing = a.checkpointing
     torch.manual_seed(a.seed)                               # of A and of dropout
     add_experts(model, a.ranks, a.alpha, a.method in ("fft", "molf"), a.dropout, train_rest=a.rest == "train")
-    counts = count_parameters(model)
+    counts, steps = count_parameters(model), a.epochs * math.ceil(len(examples) / a.batch_size)
     print(f"{a.method} on {a.model}, task {a.task}: {len(examples)} rows, {steps} steps, seed {a.seed}; eos "
           f"{tokenizer.eos_ids}, bos {tokenizer.bos_id}\nparameters: "
           + ", ".join(f"{kind} {n:,}" for kind, n in counts.items()))
@@ -354,8 +359,21 @@ def main(argv=None):
         sizes = estimate_bytes(model, a, min(longest, a.max_tokens))
         for kind, n in {**sizes, "peak (estimate)": sum(sizes.values())}.items():
             print(f"  {kind:24s}{n / 1e9:9.3f} GB")
-        return None
+        return
     record = dict(flags=vars(a), parameters=counts, steps=steps, rows=len(examples), **provenance())
+    try:
+        run(model, examples, questions, before, a, out, record)
+    except FloatingPointError as e:
+        model.save_pretrained(out / "last-good")
+        sys.exit(f"error: {e}. The model as it was before that step is in {out / 'last-good'}")
+    except OSError as e:
+        sys.exit(f"error: {e}")
+
+
+def run(model, examples, questions, before, a, out, record):
+    """Train, evaluate, export; all that a run leaves in its directory `out` is written here."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").unlink(missing_ok=True)          # from here on an old run in `out` is not finished
     save_safely(out / "config.json", json.dumps(record, indent=2) + "\n")
     optimizer = MoLFAdamW(param_groups(model, a.lr, a.lora_lr, a.weight_decay, a.lora_weight_decay),
                           score=SCORES[a.score], top_k=a.top_k)
@@ -364,11 +382,12 @@ def main(argv=None):
             print(line, flush=True)
             print(json.dumps(record), file=log_file, flush=True)
         routing = train(model, optimizer, examples, a, log)
-    names = {"modules": json.dumps(optimizer.module_names)}
-    save_safely(out / "routing.safetensors", lambda path: save_file(routing, path, names))
-    after = evaluate(model, tokenizer, task, eval_rows, a.max_tokens)
+    names = optimizer.module_names
+    del optimizer                                           # its moments make room for the export
+    save_safely(out / "routing.safetensors", lambda path: save_file(routing, path, {"modules": json.dumps(names)}))
+    after = evaluate(model, data.TASKS[a.task], questions, a.max_tokens)
     model.save_pretrained(out / "model")
-    exported = Transformer.from_pretrained(out / "model", dtype, a.device)
+    exported = Transformer.from_pretrained(out / "model", device=a.device)
     losses = [batch_loss(m, examples[:a.batch_size], a.max_tokens) for m in (model, exported)]
     results = dict(before=before, after=after, loss=dict(zip(("trained", "exported"), losses)))
     save_safely(out / "results.json", json.dumps(results, indent=2) + "\n")
@@ -377,10 +396,9 @@ def main(argv=None):
         print(f"{name:18s}{before[name]['value']:8.1%}{x['value']:8.1%}   {x['low']:6.1%} to {x['high']:6.1%}"
               f"{x['n']:7d}")
     if a.method == "molf":
-        print("\nsteps won by the full expert:  " + "  ".join(f"{k} {v:.0%}" for k, v in full_share(
-            routing["winners"], optimizer.module_names).items()))
+        print("\nsteps won by the full expert:  " + "  ".join(
+            f"{kind} {share:.0%}" for kind, share in full_share(routing["winners"], names).items()))
     print(f"\nmodel: {out / 'model'}   loss of a batch, trained {losses[0]:.6f}, exported {losses[1]:.6f}")
-    return after
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ Everything behind -- goes to train.py. Runs lie in --out, one directory each; a 
 """
 import argparse
 import contextlib
+import hashlib
 import io
 import json
 import statistics
@@ -35,7 +36,8 @@ def main():
     for name, flags in ROWS.items():
         results, shares = [], []
         for seed in args.seeds:
-            out = args.out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+            flags_hash = hashlib.sha256(" ".join(rest).encode()).hexdigest()[:6]
+            out = args.out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}-{flags_hash}"
             if not (out / "results.json").exists():
                 with contextlib.redirect_stdout(io.StringIO()):
                     train.main([*flags.split(), "--seed", str(seed), "--out", str(out), *rest])

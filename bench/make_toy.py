@@ -4,7 +4,7 @@ loop.
     python bench/make_toy.py OUT                # writes OUT/; about 3 minutes on a GPU (needs `tokenizers`)
     python bench/make_toy.py OUT --epochs 1     # a trial
 
-The model is a Qwen2 of 1.3 million parameters. It reads every true fact of the toy world in all its
+The model is a Qwen2 of 1.2 million parameters. It reads every true fact of the toy world in all its
 phrasings, half of the toy medicine, and solved examples of every other kind of toy query, so there is
 something left to learn.
 """
@@ -91,7 +91,8 @@ def main():
     saved = Transformer.from_pretrained(args.out, torch.float32, args.device)
     rows = toy_facts(world)
     print(f"true facts, all phrasings: {true_fact_share(saved, tokenizer, world):.1%}")
-    results = train.evaluate(saved, tokenizer, data.TASKS["fact"], rows, 65536)
+    questions = [(row, [data.encode(tokenizer, *q) for q in data.fact_queries(row)]) for row in rows]
+    results = train.evaluate(saved, data.TASKS["fact"], questions, 65536)
     print({k: round(v["value"], 3) for k, v in results.items()})
     print(f"{time.time() - start:.0f} s, {sum(f.stat().st_size for f in args.out.iterdir()) / 1e6:.2f} MB")
 

@@ -13,7 +13,7 @@ from transformers import (AutoModelForCausalLM, Gemma3Config, Gemma3ForCausalLM,
 
 from model import Config, MoLFLinear, Packed, RMSNorm, Transformer, add_experts, find_checkpoint, fold, unfold
 
-SMALL = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=4, num_attention_heads=4,
+SMALL = dict(vocab_size=97, hidden_size=64, intermediate_size=80, num_hidden_layers=4, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=128)
 GEMMA = dict(SMALL, head_dim=16, sliding_window=5, query_pre_attn_scalar=24, pad_token_id=0, bos_token_id=2,
              eos_token_id=1, layer_types=["sliding_attention", "sliding_attention", "full_attention",
@@ -131,9 +131,9 @@ def test_gelu_is_the_tanh_form_and_norms_multiply_in_their_family_order():
     x = torch.linspace(-3, 3, 101)
     config = Config.from_dict(FAMILIES["gemma tied"][1].to_dict())
     mlp = Transformer(config).model["layers"][0].mlp
-    for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):      # identity on the first 48 of 80 channels
+    for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):      # identity on the first 64 of 80 channels
         torch.nn.init.eye_(linear.weight)
-    row = torch.nn.functional.pad(x[:48], (0, 0))[None]
+    row = torch.nn.functional.pad(x[:64], (0, 0))[None]
     by_hand = 0.5 * row * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (row + 0.044715 * row ** 3))) * row
     close(mlp(row), by_hand, 1e-6)
     assert (mlp(row) - torch.nn.functional.gelu(row) * row).abs().max() > 1e-4
@@ -181,13 +181,11 @@ def test_old_and_new_spellings_of_a_config_are_one():
     (dict(model_type="llama"), "'llama' is not supported: qwen2 .* and gemma3_text"),
     (dict(hidden_act="gelu"), "activation 'gelu'"),
     (dict(rope_scaling={"type": "yarn", "factor": 4}), "rope scaling 'yarn'"),
-    (dict(vocab_size=None), None),
+    (dict(vocab_size=None), "lacks vocab_size"), (dict(num_attention_heads=0), "config.json"),
+    (dict(torch_dtype="auto"), "auto"),
 ])
 def test_configs_that_cannot_be_run_are_refused_by_name(change, message, tmp_path):
     raw = {**SMALL, "model_type": "qwen2", **change}
-    if message is None:
-        raw.pop("vocab_size")
-        message = "lacks vocab_size"
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(ValueError, match=message) as e:
         Transformer.from_pretrained(tmp_path)
@@ -243,7 +241,12 @@ def test_sharded_checkpoints(tmp_path):
     assert (tmp_path / "b" / "model.safetensors.index.json").exists()
     ids = random_ids(1, 9)
     with torch.no_grad():
-        close(Transformer.from_pretrained(tmp_path / "b")(ids), reference(ids).logits)
+        ours = Transformer.from_pretrained(tmp_path / "b")
+        close(ours(ids), reference(ids).logits)
+        ours.model["norm"].weight.mul_(2)
+        ours.save_pretrained(tmp_path / "b")                            # whose shards must not win over it
+        close(Transformer.from_pretrained(tmp_path / "b")(ids), ours(ids))
+        close(AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.float32)(ids).logits, ours(ids))
 
 
 def edited(change):
@@ -265,7 +268,7 @@ Q = "model.layers.1.self_attn.q_proj.bias"
 @pytest.mark.parametrize("damage, message", [
     (edited(lambda s: s.pop(Q)), f"1 missing tensors: {Q}"),
     (edited(lambda s: s.update({"model.extra": torch.ones(2)})), "unexpected tensors: model.extra"),
-    (edited(lambda s: s.update({Q: torch.ones(7)})), rf"wrong shapes: {Q} is \[7\], not \[48\]"),
+    (edited(lambda s: s.update({Q: torch.ones(7)})), rf"wrong shapes: {Q} is \[7\], not \[64\]"),
     (truncate, "model.safetensors is not a whole safetensors file"),
     (lambda path: (path / "model.safetensors").unlink(), "model.safetensors is missing"),
     (lambda path: (path / "config.json").unlink(), "config.json is missing"),
@@ -388,11 +391,41 @@ def test_add_experts_refuses_what_makes_no_sense_and_freezes_what_it_should(tmp_
     for bad in (dict(ranks=(0,)), dict(ranks=(), full=False), dict(targets=("nothing",))):
         with pytest.raises(ValueError):
             add_experts(Transformer.from_pretrained(tmp_path), **bad)
+    twice = Transformer.from_pretrained(tmp_path)
+    add_experts(twice)
+    with pytest.raises(ValueError, match="experts already"):
+        add_experts(twice)
     for full, rest in ((True, None), (False, None), (True, False), (False, True)):
         model = Transformer.from_pretrained(tmp_path)
         layers = add_experts(model, ranks=(2,), full=full, train_rest=rest)
         assert model.model["embed_tokens"].weight.requires_grad == (full if rest is None else rest)
         assert all(layer.weight.requires_grad == full for layer in layers) and len(layers) == 7 * 4
+
+
+# ------------------------------------------------------------------------------------------------ where a GPU is
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("family", ["qwen tied", "gemma tied"])
+def test_variable_length_attention_on_a_gpu_equals_the_masked_one(family, tmp_path):
+    """bf16 on the GPU, whose attention takes packed rows, against fp32 on the CPU: loss, gradients, generation."""
+    make(family, tmp_path)
+    lengths = [1, 17, 4, 30]
+    ids, where = random_ids(sum(lengths)), torch.tensor([2, 5, 12, 20, 24, 40, 50])
+    results = []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16), ("cuda", torch.float32)):
+        model = Transformer.from_pretrained(tmp_path, dtype=dtype, device=device)
+        add_experts(model, ranks=(4,))
+        x, w = ids.to(device), where.to(device)
+        loss = model.loss(x, Packed(lengths, device), w, x[w + 1])
+        loss.backward()
+        unfold(model)
+        grads = [m.full.grad.float().cpu() for m in model.modules() if isinstance(m, MoLFLinear)]
+        new = model.generate([ids[:5].tolist(), ids[5:14].tolist()], 6)
+        results.append((loss.item(), torch.cat([g.flatten() for g in grads]), new))
+    (want, g, new), low, high = results
+    assert abs(high[0] - want) < 1e-3 and high[2] == new
+    assert abs(low[0] - want) < 0.03 * want
+    assert torch.cosine_similarity(low[1], g, dim=0) > 0.98 and torch.cosine_similarity(high[1], g, dim=0) > 0.9999
 
 
 # -------------------------------------------------------------------------- real checkpoints (pytest -m real)

@@ -25,9 +25,13 @@ TOY = ROOT / "toy"
 
 
 def run(*args):
-    command = [sys.executable, ROOT / "train.py", *map(str, args)]
+    command = [sys.executable, ROOT / "train.py", "--device", "cpu", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def main(*args):
+    return train.main(["--device", "cpu", *map(str, args)])
 
 
 def toy_examples(n=8):
@@ -37,7 +41,7 @@ def toy_examples(n=8):
 
 
 def flags(**kwargs):
-    a = train.parse_args([])
+    a = train.parse_args(["--device", "cpu"])
     return argparse.Namespace(**(vars(a) | kwargs))
 
 
@@ -85,7 +89,7 @@ def test_a_run_of_each_method_learns_and_leaves_what_it_promises(method, experts
 
 def test_two_runs_are_one_and_the_seed_matters(tmp_path):
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
-        train.main(["--limit", "16", "--epochs", "2", "--out", str(tmp_path / name), "--seed", seed])
+        main("--limit", 16, "--epochs", 2, "--out", tmp_path / name, "--seed", seed)
     a, b, c = ((tmp_path / n / "model" / "model.safetensors").read_bytes() for n in "abc")
     assert a == b != c
 
@@ -95,7 +99,7 @@ def test_the_rest_trains_or_is_frozen(tmp_path):
     for method in ("molf", "lora"):
         for rest in ("train", "freeze"):
             out = tmp_path / f"{method}-{rest}"
-            train.main(f"--method {method} --rest {rest} --limit 8 --epochs 1 --out {out}".split())
+            main("--method", method, "--rest", rest, "--limit", 8, "--epochs", 1, "--out", out)
             end = load_file(out / "model" / "model.safetensors")
             for name in ("embed_tokens.weight", "norm.weight", "layers.0.self_attn.q_proj.bias"):
                 name = f"model.{name}"
@@ -219,9 +223,9 @@ def test_bytes_of_a_run_are_counted_as_they_are():
     (["--method", "fft", "--top-k", "2"], "has 1 experts"),
     (["--method", "fft", "--ranks", "4"], "no LoRA expert"),
     (["--score", "best"], "invalid choice: 'best'"), (["--learning-rate", "1"], "unrecognized arguments"),
-    (["--epochs", "0"], "--epochs must be at least 1"), (["--device", "cuda"], "torch sees no GPU")])
-def test_wrong_usage_is_exit_code_2(args, message, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (["--epochs", "0"], "--epochs must be at least 1"), (["--device", "gpu"], "--device gpu: "),
+    (["--dtype", "float16"], "invalid choice: 'float16'")])
+def test_wrong_usage_is_exit_code_2(args, message, capsys):
     with pytest.raises(SystemExit) as e:
         train.main(args)
     assert e.value.code == 2 and message in capsys.readouterr().err
@@ -245,19 +249,20 @@ def broken(tmp_path, file, change):
 def test_bad_input_is_one_clear_line_and_exit_code_1(make, message, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(SystemExit) as e:        # sys.exit of a text prints it and leaves with exit code 1
-        train.main(["--out", str(tmp_path / "out"), *map(str, make(tmp_path))])
+        main("--out", tmp_path / "out", *make(tmp_path))
     assert message in e.value.code and e.value.code.startswith("error: ") and "\n" not in e.value.code
     assert not (tmp_path / "out").exists()
 
 
 def test_long_sequences_are_skipped_and_counted(capsys):
-    train.main(["--max-length", "8", "--dry-run"])
+    main("--max-length", 8, "--dry-run")
     tokenizer, examples = toy_examples(320)
     n = sum(len(e.ids) > 8 for e in examples)
     assert 0 < n < 320 and f"skipped {n} of 320 training rows" in capsys.readouterr().out
 
 
-def test_a_loss_that_is_not_finite_stops_before_anything_moves(monkeypatch):
+def test_after_a_loss_that_is_not_finite_nothing_moves(monkeypatch):
+    """Whenever it is noticed: here six steps later, at the log."""
     _, examples = toy_examples()
     model = Transformer.from_pretrained("toy", torch.float32)
     add_experts(model, ranks=(4,))
@@ -267,14 +272,70 @@ def test_a_loss_that_is_not_finite_stops_before_anything_moves(monkeypatch):
     def poisoned(*args):
         calls.append(1)
         if len(calls) == 4:
-            good.extend(p.detach().clone() for p in model.parameters())
+            good.extend(t.detach().clone() for t in [*model.parameters(), *optimizer.state[model.head].values()])
         return loss(*args) * (math.nan if len(calls) == 4 else 1.0)
     monkeypatch.setattr(model, "loss", poisoned)
-    with pytest.raises(SystemExit, match=r"stopped at step 4: loss nan.*rows \d") as e:
-        train.train(model, optimizer, examples, flags(epochs=9, batch_size=4))
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), good))
-    batch = train.batch_of(3, examples, flags(batch_size=4))
-    assert str(e.value).endswith(", ".join(str(x.row) for x in batch))
+    a = flags(epochs=9, batch_size=4)
+    with pytest.raises(FloatingPointError, match=r"stopped at step 4: loss nan.*rows \d") as e:
+        train.train(model, optimizer, examples, a)
+    assert len(calls) == 10
+    now = [*model.parameters(), *optimizer.state[model.head].values()]
+    assert all(torch.equal(p, q) for p, q in zip(now, good, strict=True))
+    assert str(e.value).endswith(", ".join(str(x.row) for x in train.batch_of(3, examples, a)))
+
+
+def test_a_run_that_diverges_leaves_its_last_good_model(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="error: stopped at step .*last-good"):
+        main("--lr", 1e30, "--limit", 64, "--epochs", 2, "--out", tmp_path)
+    assert {f.name for f in tmp_path.iterdir()} == {"config.json", "log.jsonl", "last-good"}
+    assert all(t.isfinite().all() for t in load_file(tmp_path / "last-good" / "model.safetensors").values())
+    monkeypatch.setitem(train.SCORES, "epd", lambda e: e.lr * math.nan)
+    with pytest.raises(SystemExit, match="rule epd gave a score that is not finite"):
+        main("--limit", 8, "--epochs", 1, "--out", tmp_path)
+
+
+def test_bf16_trains_and_exports_the_trained_weights_bit_for_bit(tmp_path):
+    """The default on a GPU: bf16 weights and gradients of W, fp32 masters, experts and moments."""
+    for method in ("molf", "lora"):
+        out = tmp_path / method
+        main("--dtype", "bfloat16", "--method", method, "--limit", 32, "--epochs", 20, "--out", out)
+        results = json.loads((out / "results.json").read_text())
+        assert results["before"]["ES"]["value"] < 0.1 and results["after"]["ES"]["value"] > 0.5
+        trained, exported = results["loss"].values()
+        assert trained == exported if method == "molf" else trained == pytest.approx(exported, rel=0.2)
+
+
+def test_close_answers_of_a_bf16_model_do_not_tie():
+    """Two answers whose logits are 20.0 and 20.05 are one number in bf16, but not to the evaluation."""
+    model = Transformer.from_pretrained("toy", torch.bfloat16)
+    hidden = torch.zeros(2, 128, dtype=torch.bfloat16)
+    hidden[:, 0], hidden[:, 1] = 16.0, 0.125
+    model.hidden = lambda ids, layout: hidden[:1].expand(len(ids), -1)
+    with torch.no_grad():
+        model.head.zero_()
+        model.head[5, :2] = torch.tensor([1.25, 0.0])                       # 20.0
+        model.head[6, :2] = torch.tensor([1.25, 0.40])                      # 20.05
+        assert model.logits(hidden)[0, 5] == model.logits(hidden)[0, 6]
+    a, b = train.score_targets(model, [data.Example([3, t], 1, 0) for t in (5, 6)])
+    assert b.logprobs[0] - a.logprobs[0] == pytest.approx(0.05, abs=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_optimizer_never_waits_for_the_gpu():
+    model = Transformer.from_pretrained("toy", torch.bfloat16, "cuda")
+    add_experts(model, ranks=(4,))
+    optimizer = MoLFAdamW(param_groups(model))
+    _, examples = toy_examples()
+    for mode in ("default", "error"):                   # in the second round a sync is an error
+        model.loss(*train.to_device(examples, "cuda")).backward()
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            unfold(model)
+            norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
+            optimizer.step(ok=norm.isfinite())
+            fold(model)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_packed_layout_on_a_device_is_that_of_its_lengths():
