@@ -174,35 +174,33 @@ class MoLFAdamW(torch.optim.Optimizer):
                 self._move(i, wins)
         for i, group in enumerate(self.param_groups):
             if group["kind"] == "rest":
-                self._move(i)
+                self._observe(i)
+                self._move(i, self.ok)
 
     def _observe(self, i):
-        """Bring the moments of expert i up to date. -> its score, 0-d."""
+        """Bring the moments of group i up to date. -> its score, 0-d; NaN if it is not routed, or has no g."""
         group, lr = self.param_groups[i], self.hyper[i, 0]
+        score = torch.full_like(lr, torch.nan)
         params = [p for p in group["params"] if p.grad is not None]
         if not params:
-            return torch.full_like(lr, torch.nan)
+            return score
         g, w = [p.grad for p in params], [self.state[p].get("master", p) for p in params]
         before = [self.state[p]["exp_avg"] for p in params], [self.state[p]["exp_avg_sq"] for p in params]
         now = [list(x) for x in zip(*(adam_moments(*x, *group["betas"]) for x in zip(g, *before)))]
-        score = self.score(Expert(group["kind"], w, g, *now, *before, lr, group["scale"], group["eps"]))
+        if group["kind"] != "rest":
+            score = self.score(Expert(group["kind"], w, g, *now, *before, lr, group["scale"], group["eps"]))
         for old, new in zip(before[0] + before[1], now[0] + now[1]):
             old.copy_(torch.where(self.ok, new, old))
         return score
 
-    def _move(self, i, wins=None):
-        """The AdamW step of group i. `wins`, a 0-d bool on the device: whether it moves at all. None: it is
-        not routed, and its moments are brought up to date here."""
+    def _move(self, i, wins):
+        """The AdamW step of group i where `wins`, a 0-d bool on the device. A loser keeps its very bits."""
         group, (_, decay, step_size, correction) = self.param_groups[i], self.hyper[i]
         for p in group["params"]:
             if p.grad is None:
                 continue
             m, v, w = (self.state[p].get(k, p) for k in ("exp_avg", "exp_avg_sq", "master"))
-            if wins is None:
-                for old, new in zip((m, v), adam_moments(p.grad, m, v, *group["betas"])):
-                    old.copy_(torch.where(self.ok, new, old))
-            new = adamw(w, m, v, decay, step_size, correction, group["eps"])
-            w.copy_(torch.where(self.ok if wins is None else wins, new, w))     # a loser keeps its very bits
+            w.copy_(torch.where(wins, adamw(w, m, v, decay, step_size, correction, group["eps"]), w))
             if w is not p:
                 p.copy_(w)
 
@@ -214,7 +212,7 @@ class MoLFAdamW(torch.optim.Optimizer):
 
 
 def param_groups(model, lr=5e-5, lora_lr=5e-5, weight_decay=0.1, lora_weight_decay=0.01):
-    """Groups for MoLFAdamW: every expert of every MoLFLinear, by its `experts()`, then the rest, with the full
+    """Groups for MoLFAdamW: every expert of every MoLFLinear, by its `experts()`; then the rest, at the full
     expert's lr; its vectors (biases, norms) do not decay. Each trainable parameter is in exactly one."""
     groups, derived = [], set()
     for name, module in model.named_modules():
