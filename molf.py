@@ -178,7 +178,7 @@ class MoLFAdamW(torch.optim.Optimizer):
                 self._move(i, self.ok)
 
     def _observe(self, i):
-        """Bring the moments of group i up to date. -> its score, 0-d; NaN if it is not routed, or has no g."""
+        """Bring the moments of group i up to date. -> its score, 0-d; NaN if it is not routed or has no g."""
         group, lr = self.param_groups[i], self.hyper[i, 0]
         score = torch.full_like(lr, torch.nan)
         params = [p for p in group["params"] if p.grad is not None]
