@@ -388,7 +388,7 @@ class Transformer(nn.Module):
                     shutil.copyfile(f, directory / f.name)
         save_safely(directory / "model.safetensors", lambda path: save_file(state, path, {"format": "pt"}))
         save_safely(directory / "config.json", json.dumps(raw, indent=2) + "\n")
-        (directory / "model.safetensors.index.json").unlink(missing_ok=True)        # of shards that stood here
+        (directory / "model.safetensors.index.json").unlink(missing_ok=True)    # of shards that stood here
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -512,9 +512,10 @@ def find_checkpoint(path_or_repo):
         return Path(snapshot_download(name, allow_patterns=files))
     except Exception as e:      # the hub library has dozens of kinds; whichever it is, its words are in ours
         raise OSError(
-            f"cannot download https://huggingface.co/{name} ({type(e).__name__}: {str(e).partition(chr(10))[0]}). "
-            f"If the model is gated, accept its licence at that address and set HF_TOKEN; without a network "
-            f"give a local directory, or set HF_HUB_OFFLINE=1 if the model is in the cache") from e
+            f"cannot download https://huggingface.co/{name} ({type(e).__name__}: "
+            f"{str(e).partition(chr(10))[0]}). If the model is gated, accept its licence at that address and set "
+            f"HF_TOKEN; without a network give a local directory, or set HF_HUB_OFFLINE=1 if the model is in the "
+            f"cache") from e
 
 
 def read_config(directory):

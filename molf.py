@@ -153,8 +153,10 @@ class MoLFAdamW(torch.optim.Optimizer):
 
     def refresh(self):
         """The step's numbers, reckoned on the host in double precision, to the device in one copy."""
-        rows = []
-        for group in self.param_groups:
+        rows, groups = [], self.param_groups
+        if self.modules and all(groups[m[0]]["params"][0].grad is None for m in self.modules):
+            raise RuntimeError("no expert has a gradient: call unfold(model) between backward() and step()")
+        for group in groups:
             group["t"] += any(p.grad is not None for p in group["params"])
             lr, (beta1, beta2), t = float(group["lr"]), group["betas"], max(group["t"], 1)
             rows.append([lr, 1 - lr * group["weight_decay"], lr / (1 - beta1 ** t), (1 - beta2 ** t) ** 0.5])

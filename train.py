@@ -187,7 +187,7 @@ def train(model, optimizer, examples, a, log=print):
             loss, norm, w, s = (torch.stack(x).cpu() for x in zip(*pending))            # the one sync
             stop_if_not_finite(step, loss, norm, examples, a)
             if not s.isfinite().all():
-                raise FloatingPointError(f"the rule {a.score} gave a score that is not finite by step {step + 1}")
+                raise FloatingPointError(f"rule {a.score} gave a score that is not finite by step {step + 1}")
             winners.append(w), scores.append(s), pending.clear()
             seconds = time.perf_counter() - clock if step > untimed else 0.0
             speed = tokens / seconds if seconds else 0.0
@@ -197,14 +197,14 @@ def train(model, optimizer, examples, a, log=print):
                           full_share=share, tok_per_s=speed, eta_s=left, peak_gb=peak_memory(device))
             lrs = "/".join(f"{lr:.1e}" for lr in rates.values())
             log(f"step {step + 1:4d}/{total}  loss {loss[-1]:.4f}  lr {lrs}  norm {norm[-1]:.2f}  "
-                f"full {share:4.0%}  {speed:,.0f} tok/s  eta {int(left) // 60}:{int(left) % 60:02d}  "
-                f"{record['peak_gb']:.1f} GB", record)
+                f"full {share:4.0%}  {f'{speed:,.0f}' if speed else '-'} tok/s  "
+                f"eta {int(left) // 60}:{int(left) % 60:02d}  {record['peak_gb']:.1f} GB", record)
     model.eval()
     return {"winners": torch.cat(winners), "scores": torch.cat(scores)}
 
 
-def full_share(winners, module_names):
-    """winners (steps, modules, experts) -> {"q_proj": share of steps that the full expert won, ...}"""
+def first_share(winners, module_names):
+    """winners (steps, modules, experts) -> {"q_proj": share of steps that the first expert won, ...}"""
     kinds = {}
     for i, name in enumerate(module_names):
         kinds.setdefault(name.rpartition(".")[2], []).append(i)
@@ -212,8 +212,8 @@ def full_share(winners, module_names):
 
 
 def stop_if_not_finite(last, loss, norm, examples, a):
-    """loss and norm (n,) of the n steps up to `last`: raise if one is not finite, and name its rows. From that
-    step on nothing has moved."""
+    """loss and norm (n,) of the n steps up to `last`: raise if one is not finite, and name its rows. From
+    that step on nothing has moved."""
     bad = (~(loss + norm).isfinite()).nonzero()
     if len(bad):
         i, step = bad[0].item(), last + 1 - len(loss) + bad[0].item()
@@ -255,8 +255,8 @@ def score_targets(model, examples, max_tokens=16384):
 
 
 def evaluate(model, task, questions, max_tokens):
-    """questions: [(row, [Example])] -> {metric: {"value", "n", "low", "high"}}: the mean over rows with a 95 %
-    bootstrap interval."""
+    """questions: [(row, [Example])] -> {metric: {"value", "n", "low", "high"}}: the mean over rows with a
+    95 % bootstrap interval."""
     scored = iter(score_targets(model, [e for _, examples in questions for e in examples], max_tokens))
     per_row = [task.metrics(row, [next(scored) for _ in examples]) for row, examples in questions]
     names = dict.fromkeys(name for m in per_row for name in m)
@@ -335,6 +335,8 @@ def main(argv=None):
     torch.set_flush_denormal(True)      # second moments reach 1e-40, where a CPU is several times slower
     try:
         out, source = Path(a.out), find_checkpoint(a.model)
+        if out.exists() and not out.is_dir():
+            raise FileExistsError(f"--out {out} is a file")
         if (out / "results.json").exists() and not (a.overwrite or a.dry_run):
             raise FileExistsError(f"{out} holds a finished run: give another --out, or --overwrite")
         config, tokenizer = read_config(source), Tokenizer.from_file(source)
@@ -384,7 +386,8 @@ def run(model, examples, questions, before, a, out, record):
         routing = train(model, optimizer, examples, a, log)
     names = optimizer.module_names
     del optimizer                                           # its moments make room for the export
-    save_safely(out / "routing.safetensors", lambda path: save_file(routing, path, {"modules": json.dumps(names)}))
+    metadata = {"modules": json.dumps(names)}
+    save_safely(out / "routing.safetensors", lambda path: save_file(routing, path, metadata))
     after = evaluate(model, data.TASKS[a.task], questions, a.max_tokens)
     model.save_pretrained(out / "model")
     exported = Transformer.from_pretrained(out / "model", device=a.device)
@@ -395,9 +398,10 @@ def run(model, examples, questions, before, a, out, record):
     for name, x in after.items():
         print(f"{name:18s}{before[name]['value']:8.1%}{x['value']:8.1%}   {x['low']:6.1%} to {x['high']:6.1%}"
               f"{x['n']:7d}")
-    if a.method == "molf":
-        print("\nsteps won by the full expert:  " + "  ".join(
-            f"{kind} {share:.0%}" for kind, share in full_share(routing["winners"], names).items()))
+    if routing["winners"].shape[-1] > 1:
+        first = "full" if a.method == "molf" else f"rank-{a.ranks[0]}"
+        print(f"\nsteps won by the {first} expert:  " + "  ".join(
+            f"{kind} {share:.0%}" for kind, share in first_share(routing["winners"], names).items()))
     print(f"\nmodel: {out / 'model'}   loss of a batch, trained {losses[0]:.6f}, exported {losses[1]:.6f}")
 
 

@@ -311,6 +311,14 @@ def test_every_trainable_parameter_is_in_exactly_one_group():
         param_groups(net)
 
 
+def test_a_forgotten_unfold_is_an_error():
+    net, optimizer = molf_net()
+    x, y = batches(1)[0]
+    (net(x) - y).square().mean().backward()
+    with pytest.raises(RuntimeError, match="call unfold"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("top_k", [0, 3])
 def test_top_k_out_of_range(top_k):
     with pytest.raises(ValueError, match="2 experts: give 1 to 2"):
