@@ -511,11 +511,10 @@ def find_checkpoint(path_or_repo):
         files = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
         return Path(snapshot_download(name, allow_patterns=files))
     except Exception as e:      # the hub library has dozens of kinds; whichever it is, its words are in ours
-        raise OSError(
-            f"cannot download https://huggingface.co/{name} ({type(e).__name__}: "
-            f"{str(e).partition(chr(10))[0]}). If the model is gated, accept its licence at that address and set "
-            f"HF_TOKEN; without a network give a local directory, or set HF_HUB_OFFLINE=1 if the model is in the "
-            f"cache") from e
+        url, why = f"https://huggingface.co/{name}", str(e).partition("\n")[0]
+        raise OSError(f"cannot download {url} ({type(e).__name__}: {why}). If the model is gated, accept its "
+                      f"licence at that address and set HF_TOKEN; without a network give a local directory, or "
+                      f"set HF_HUB_OFFLINE=1 if the model is in the cache") from e
 
 
 def read_config(directory):
