@@ -513,8 +513,8 @@ def find_checkpoint(path_or_repo):
     except Exception as e:      # the hub library has dozens of kinds; whichever it is, its words are in ours
         url, why = f"https://huggingface.co/{name}", str(e).partition("\n")[0]
         raise OSError(f"cannot download {url} ({type(e).__name__}: {why}). If the model is gated, accept its "
-                      f"licence at that address and set HF_TOKEN; without a network give a local directory, or "
-                      f"set HF_HUB_OFFLINE=1 if the model is in the cache") from e
+                      f"licence at that address and set HF_TOKEN; without a network give a local directory, "
+                      f"or set HF_HUB_OFFLINE=1 if the model is in the cache") from e
 
 
 def read_config(directory):
