@@ -1,22 +1,33 @@
 """Text to tokens, rows to examples, and what a task measures.
 
     Tokenizer.from_file("tokenizer.json")      encode, decode, bos_id, eos_id: Qwen2.5, Gemma-3, GPT-2 style
-    load_rows("fact", path)                    rows of a task, from a file or its official source
-    TASKS["fact"].pair(row)                    -> prompt, target: the one function that makes a prompt
+    load_rows("med", "train", source)          rows of a task: from a file, the hub, or the toy world
+    TASKS["med"].pair(row)                     -> prompt, target: the one function that makes a prompt
     encode(tokenizer, prompt, target)          -> Example: token ids, and where the target begins
     pack(examples)                             -> one row of tokens, no padding
+    execute_pairs([(context, reference, sql)]) what two queries do to a database, in a sandbox
 
 A text is data: it never becomes a control token. Nothing here knows of models.
 """
 import gc
 import gzip
+import inspect
+import itertools
 import json
 import os
 import re
+import resource
 import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
 import unicodedata
 import urllib.request
 import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from functools import cache, partial
 from itertools import chain, groupby, pairwise
 from pathlib import Path
@@ -24,7 +35,7 @@ from typing import Callable, NamedTuple
 
 import tiktoken
 
-from toy.world import toy_facts, toy_world
+from toy.world import toy_facts, toy_med, toy_sql, toy_world
 
 # ----------------------------------------------------------------------------------------------------------
 # tokenizer: tiktoken with the tokenizer.json of Gemma-3, Qwen2.5, Qwen3, SmolLM2 or GPT-2
@@ -214,10 +225,18 @@ class Example(NamedTuple):
     row: int            # place of its row in the data, to name it in messages
 
 
+class Question(NamedTuple):
+    """What evaluation puts to a model: a prompt to continue, and answers to score."""
+    row: dict
+    prompt: list        # token ids, with BOS
+    examples: list      # Example of each prompt and answer that the task scores, see Task.queries
+
+
 class Scored(NamedTuple):
     logprobs: list      # log-probability of each target token (the last is the EOS)
-    greedy: list        # whether it is the most probable token there
     first: int          # the first target token
+    greedy: int         # the most probable token in its place
+    choices: list       # log-probabilities there of the first tokens of Task.choices
 
 
 def encode_prompt(tokenizer, prompt):
@@ -231,6 +250,12 @@ def encode(tokenizer, prompt, target, row=-1):
     if not head:
         raise ValueError(f"row {row}: an empty prompt, which nothing can be predicted from")
     return Example(head + tokenizer.encode(target) + [tokenizer.eos_id], len(head), row)
+
+
+def ask(tokenizer, task, row, i=-1):
+    """-> Question. Its prompt has the very tokens that training sees before the target."""
+    return Question(row, encode_prompt(tokenizer, task.pair(row)[0]),
+                    [encode(tokenizer, *q, row=i) for q in task.queries(row)])
 
 
 def pack(examples):
@@ -248,11 +273,8 @@ def pack(examples):
 # ----------------------------------------------------------------------------------------------------------
 # rows: from a local file or from the data set's official source
 
-COUNTERFACT = "https://rome.baulab.info/data/dsets/counterfact.json"
-
-
 def read_rows(path):
-    """Rows of a .json (a list), .jsonl, .jsonl.gz or .parquet file -> [("FILE line N", row)]."""
+    """Rows of a .json (a list, or lines), .jsonl, .jsonl.gz or .parquet file -> [("FILE line N", row)]."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
@@ -263,8 +285,8 @@ def read_rows(path):
             rows = enumerate(pyarrow.parquet.read_table(path).to_pylist())
         else:
             raw = path.read_bytes()
-            text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
-            if path.name.removesuffix(".gz").endswith(".json"):
+            text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
+            if text.lstrip().startswith("["):
                 rows = enumerate(json.loads(text))
             else:
                 rows = []
@@ -277,19 +299,41 @@ def read_rows(path):
 
 
 def check_row(where, row, fields):
-    """ValueError, with file, line and field, unless every field (a dotted path) is there and is a string, or
-    a list of strings where its name ends in *."""
+    """ValueError, with file, line and field, unless every field (a dotted path) is there and is a string; a
+    list of strings where its name ends in *; an int or null where it ends in #."""
     for path in fields:
-        value = row
-        for key in path.rstrip("*").split("."):
+        name, value = path.rstrip("*#"), row
+        for key in name.split("."):
             if not isinstance(value, dict) or key not in value:
-                raise ValueError(f"{where}: field {path.rstrip('*')} is missing")
+                found = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
+                needed = ", ".join(f.rstrip("*#") for f in fields)
+                raise ValueError(f"{where}: field {name} is missing; needed are {needed}; found: {found}")
             value = value[key]
-        many = path.endswith("*")
-        if not (isinstance(value, list) if many else isinstance(value, str)) \
-                or many and not all(isinstance(x, str) for x in value):
-            kind = "list of strings" if many else "string"
-            raise ValueError(f"{where}: field {path.rstrip('*')} is not a {kind}")
+        if path.endswith("*"):
+            kind = "list of strings"
+            right = isinstance(value, list) and all(isinstance(x, str) for x in value)
+        elif path.endswith("#"):
+            kind, right = "whole number", value is None or type(value) is int
+        else:
+            kind, right = "string", isinstance(value, str)
+        if not right:
+            raise ValueError(f"{where}: field {name} is not a {kind}")
+
+
+def hub_files(repo, split):
+    """The parquet files of a data set's split, found by what the repository holds. -> [Path]"""
+    from huggingface_hub import snapshot_download
+    try:
+        folder = Path(snapshot_download(repo, repo_type="dataset", allow_patterns=f"*{split}*.parquet"))
+    except Exception as e:      # the hub library has dozens of kinds; whichever it is, its words are in ours
+        url, why = f"https://huggingface.co/datasets/{repo}", str(e).partition("\n")[0]
+        raise OSError(f"cannot download {url} ({type(e).__name__}: {why}). Without a network get its parquet "
+                      f"files elsewhere and give them with --data and --eval-data") from e
+    files = sorted(f for f in folder.rglob("*.parquet")
+                   if split in re.split("[^a-z]+", f.relative_to(folder).as_posix().lower()))
+    if not files:
+        raise OSError(f"{repo} has no parquet file of a split {split!r}: give files with --data, --eval-data")
+    return files
 
 
 def download(url, folder=None):
@@ -312,7 +356,208 @@ def download(url, folder=None):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# SQL: run a prediction and its reference in SQLite and compare what they did
+#
+# A model's SQL is hostile input. It runs in a child process that can open no file, has 1 GiB of memory and a
+# timer kept by the kernel, in a fresh in-memory database behind an authorizer. The child's program is the
+# source of the functions in SQL_CHILD: they use no globals but one another and the modules imported there.
+
+
+def unfence(text):
+    """A code fence around the whole text goes. Nothing else is cut: SQLite judges what the model wrote."""
+    fence = re.fullmatch(r"\s*```(?:sqlite|sql)?\s((?:(?!```).)*)```\s*", text, re.S | re.I)
+    return fence[1] if fence else text
+
+
+def sql_tokens(sql):
+    """Tokens without comments, lower case unless quoted. An open quote takes the rest; 'it''s' is two."""
+    quoted = r"""'[^']*(?:'|\Z)|"[^"]*(?:"|\Z)|`[^`]*(?:`|\Z)|\[[^]]*(?:]|\Z)"""
+    found = (m[0] for m in re.finditer(quoted + r"|--[^\n]*|/\*.*?(?:\*/|\Z)|\w+|\S", sql, re.S))
+    return (t if t[0] in "'\"`[" else t.lower() for t in found if not t.startswith(("--", "/*")))
+
+
+def sql_statements(sql):
+    """Cut after each semicolon that ends a statement: not in a string, a comment or a trigger's body."""
+    found = [""]
+    for piece in re.findall(r"[^;]*;?", sql):
+        found[-1] += piece
+        if sqlite3.complete_statement(found[-1]):
+            found.append("")
+    return found
+
+
+def is_ordered(statement):
+    """Does it sort its own rows? ORDER BY in parentheses is a subquery's, a window's or an aggregate's.
+    Ties then count in the order that SQLite gives them, as in Spider's own evaluation."""
+    found = list(sql_tokens(statement))
+    depth = itertools.accumulate((t == "(") - (t == ")") for t in found)
+    return any(d == 0 and pair == ["order", "by"] for d, *pair in zip(depth, found, found[1:]))
+
+
+def same_rows(a, b, in_order):
+    """Two lists of rows, as sequences or as multisets. 1 is 1.0 but not '1', and NULL is only NULL.
+    Floats count to 9 digits, as their sums depend on the order (1e-7 odds that a last bit turns the 9th)."""
+    number = lambda c: float(f"{round(c, 9):.9g}") if isinstance(c, float) and not c.is_integer() else c
+    if a != b:                                                  # 1 == 1.0 in Python as in SQL
+        a, b = ([tuple(map(number, row)) for row in rows] for rows in (a, b))
+    return a == b or not in_order and Counter(a) == Counter(b)
+
+
+def same_outcome(a, b):
+    """Two {key: (header, rows, in order?)}: keys, headers and rows agree; a says if the order counts."""
+    agree = lambda x, y: x[0] == y[0] and same_rows(x[1], y[1], x[2])
+    return a.keys() == b.keys() and all(agree(a[key], b[key]) for key in a)
+
+
+def open_database(steps=20_000_000):
+    """An empty database in memory that refuses to reach outside and stops after so many VM steps."""
+    names = "ATTACH DETACH PRAGMA CREATE_VTABLE DROP_VTABLE".split()        # VACUUM is an ATTACH inside
+    actions = [getattr(sqlite3, f"SQLITE_{name}") for name in names]
+    unsafe = "load_extension", "fts3_tokenizer", "readfile", "writefile", "edit"
+
+    def authorize(action, _, name, *where):
+        refused = action in actions or action == sqlite3.SQLITE_FUNCTION and name.lower() in unsafe
+        return sqlite3.SQLITE_DENY if refused else sqlite3.SQLITE_OK
+
+    count = itertools.count(1)
+    db = sqlite3.connect(":memory:", isolation_level=None)      # None: Python adds no BEGIN of its own
+    db.execute("PRAGMA temp_store = MEMORY")
+    db.set_authorizer(authorize)
+    db.set_progress_handler(lambda: next(count) * 1000 > steps, 1000)
+    return db
+
+
+def fetch_rows(cursor, max_rows=10_000, max_size=2_000_000):
+    """All rows, in no more cells + characters + bytes than max_size."""
+    rows, size = [], 0
+    for row in cursor:
+        rows.append(row)
+        size += sum(len(c) if isinstance(c, (str, bytes)) else 1 for c in row)
+        if len(rows) > max_rows or size > max_size:
+            raise ValueError("result too large")
+    return rows
+
+
+def execute_all(db, sql):
+    """Run each statement -> {"result": (width, rows, in order?)} of the last that yields rows, else {}."""
+    result = {}
+    for statement in sql_statements(sql):
+        cursor = db.execute(statement)
+        if cursor.description:
+            result = {"result": (len(cursor.description), fetch_rows(cursor), is_ordered(statement))}
+    return result
+
+
+def database_contents(db):
+    """{(kind, name): (columns, rows, False)}; a view counts by its rows, an index or trigger by its text."""
+    found = {}
+    objects = " UNION ALL ".join(f"SELECT type, name, sql FROM sqlite_{t}master" for t in ("", "temp_"))
+    for kind, name, sql in db.execute(objects).fetchall():
+        if kind in ("index", "trigger"):
+            found[kind, name.lower()] = list(sql_tokens(sql or "")), [], False
+        elif not name.startswith("sqlite_"):                    # those are SQLite's own
+            cursor = db.execute('SELECT * FROM "{}"'.format(name.replace('"', '""')))
+            found[kind, name.lower()] = [c[0].lower() for c in cursor.description], fetch_rows(cursor), False
+    return found
+
+
+def attempt_sql(stage, context, sql):
+    """Run sql after its context -> outcome (None: it failed), did it find and change nothing?, error."""
+    running = "context: "
+    try:
+        with closing(open_database()) as db:
+            execute_all(db, context)
+            before, running = database_contents(db), stage
+            if all(t == ";" for t in sql_tokens(sql)):
+                raise ValueError("no statement")
+            result, after = execute_all(db, sql), database_contents(db)
+            nothing = not any(rows for _, rows, _ in result.values()) and same_outcome(before, after)
+            return {**after, **result}, nothing, None
+    except (sqlite3.Error, sqlite3.Warning, MemoryError, ValueError, OverflowError) as e:
+        text = "step limit" if str(e) == "interrupted" else str(e) or "out of memory"
+        return None, False, running + text[:200]
+
+
+def judge_sql(context, reference, prediction):
+    """Yield the verdict twice: the reference's part, lest the prediction kill us, and then the whole."""
+    ref, ref_empty, error = attempt_sql("reference: ", context, reference)
+    verdict = {"ref_ok": error is None, "ref_empty": ref_empty, "error": error}
+    yield verdict
+    pred, empty, pred_error = attempt_sql("", context, unfence(prediction))
+    match = error is None and pred_error is None and same_outcome(ref, pred)
+    yield {**verdict, "valid": pred_error is None, "match": match, "both_empty": ref_empty and empty,
+           "error": error or pred_error}
+
+
+def serve_sql(seconds=10):
+    """The child's loop: a row a line in, two verdicts out. SIGALRM ends it, wherever in SQLite it hangs."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                # Ctrl-C is for the parent, whose end ends us
+    sqlite3.connect(":memory:").execute(f"PRAGMA hard_heap_limit = {2**26}")    # for the whole process
+    if sys.platform == "linux":                                 # macOS does not know this limit
+        resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))          # the pipes stay; nothing more can be opened
+    print("ready", flush=True)
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_REAL, seconds)           # the step limit is the usual end, and exact
+        for verdict in judge_sql(*json.loads(line)):
+            print(json.dumps(verdict), flush=True)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+SQL_CHILD = "\n".join([
+    "import itertools, json, re, resource, signal, sqlite3, sys",
+    "from collections import Counter", "from contextlib import closing",
+    *map(inspect.getsource, (unfence, sql_tokens, sql_statements, is_ordered, same_rows, same_outcome,
+                             open_database, fetch_rows, execute_all, database_contents, attempt_sql,
+                             judge_sql, serve_sql)), "serve_sql()"])
+
+
+def start_sql_child():
+    child = subprocess.Popen([sys.executable, "-I", "-c", SQL_CHILD], text=True,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    if child.stdout.readline() != "ready\n":
+        child.communicate()
+        raise RuntimeError("the SQL child process did not start; its own message is above")
+    return child
+
+
+def execute_pairs(rows):
+    """[(context, reference, prediction)] -> a verdict each: ref_ok, valid (it ran), match (the last results
+    and the databases agree), ref_empty, both_empty (no rows and nothing changed), error (None or a text)."""
+    verdicts, child = [], start_sql_child()
+    for row in rows:
+        verdict = dict.fromkeys(("ref_ok", "valid", "match", "ref_empty", "both_empty"), False)
+        with suppress(BrokenPipeError):
+            print(json.dumps(row), file=child.stdin, flush=True)
+        part, whole = child.stdout.readline(), child.stdout.readline()      # "" from a dead child
+        verdict |= json.loads(whole or part or "{}")
+        if not whole:
+            child.communicate()                                             # reap it and close its pipes
+            code = child.returncode                                         # minus the signal's number
+            death = "timeout" if code == -signal.SIGALRM else f"worker killed ({code})"
+            verdict["error"] = verdict.get("error") or ("" if part else "reference: ") + death
+            child = start_sql_child()
+        verdicts.append(verdict)
+    child.communicate()
+    return verdicts
+
+
+def execute_in_parallel(rows, n=min(8, os.cpu_count())):
+    """execute_pairs in n children at a time, each with every n-th row."""
+    verdicts = [None] * len(rows)
+    with ThreadPoolExecutor(n) as pool:
+        for i, part in enumerate(pool.map(execute_pairs, [rows[i::n] for i in range(n) if rows[i::n]])):
+            verdicts[i::n] = part
+    return verdicts
+
+
+# ----------------------------------------------------------------------------------------------------------
 # the tasks
+
+COUNTERFACT = "https://rome.baulab.info/data/dsets/counterfact.json"
+
 
 def fact_pair(row):
     r = row["requested_rewrite"]
@@ -326,30 +571,64 @@ def fact_queries(row):
     return [(p, " " + r[t]["str"]) for p in prompts for t in ("target_new", "target_true")]
 
 
-def fact_metrics(row, scored):
+def fact_metrics(row, scored, text):
     """CounterFact (Meng et al. 2022, arXiv 2202.05262): ES, PS, NS, the shares of rewrite, paraphrase and
     neighbourhood prompts where the wanted answer is the more probable, by its first token. `... full`: by the
-    mean log-probability over the whole answer. Answers that share their first token count as failures."""
+    mean log-probability over the whole answer. Answers that share their first token count as failures.
+    accuracy, recalls true: the greedy text is exactly the new, or still the true answer."""
     pairs = list(zip(scored[::2], scored[1::2]))                    # (new, true) of each prompt
     n = len(row["paraphrase_prompts"])
     first = [new.logprobs[0] - true.logprobs[0] if new.first != true.first else 0.0 for new, true in pairs]
     whole = [sum(a.logprobs[:-1]) / len(a.logprobs[:-1]) - sum(b.logprobs[:-1]) / len(b.logprobs[:-1])
              for a, b in pairs]
-    # Greedy text: the new answer and EOS, or still the true one.
-    out = {"accuracy": float(all(pairs[0][0].greedy)), "recalls true": float(all(pairs[0][1].greedy))}
+    out = {}
     for suffix, d in (("", first), (" full", whole)):
         out["ES" + suffix] = float(d[0] > 0)
         if n:
             out["PS" + suffix] = sum(x > 0 for x in d[1:1 + n]) / n
         if d[1 + n:]:
             out["NS" + suffix] = sum(x < 0 for x in d[1 + n:]) / len(d[1 + n:])
-    return out
+    new, true = (" " + row["requested_rewrite"][t]["str"] for t in ("target_new", "target_true"))
+    return out | {"accuracy": float(text == new), "recalls true": float(text == true)}
+
+
+def fact_usable(rows):
+    for where, row in rows:
+        if "{}" not in row["requested_rewrite"]["prompt"]:
+            raise ValueError(f"{where}: field requested_rewrite.prompt has no {{}} for the subject")
+    return rows
+
+
+MED_CHOICES = " A", " B", " C", " D"
 
 
 def med_pair(row):
     options = "".join(f"{letter}) {row['op' + letter.lower()]}\n" for letter in "ABCD")
     return (f"Answer the medical question with the letter of the right option.\n\n"
-            f"Question: {row['question']}\n{options}Answer:", " " + "ABCD"[row["cop"]])
+            f"Question: {row['question']}\n{options}Answer:", MED_CHOICES[row["cop"]])
+
+
+def med_metrics(row, scored, text):
+    """MedMCQA (Pal et al. 2022, arXiv 2203.14371). The answer is the greedy next token; what is no letter is
+    wrong, and counted. Beside it the accuracy of the most probable of the four letters."""
+    letters, right = scored[0].choices, row["cop"]
+    return {"accuracy": float(text == MED_CHOICES[right]),
+            "accuracy among A-D": float(letters.index(max(letters)) == right),
+            "# no letter": text not in MED_CHOICES}
+
+
+def med_usable(rows):
+    """Rows that have an answer, with cop as 0 to 3 (the hub's). The older JSON's 1 to 4 shows by its 4s."""
+    missing = [None, -1]                                            # the hub's test split has -1
+    for where, row in rows:
+        if row["cop"] not in missing + [0, 1, 2, 3, 4]:
+            raise ValueError(f"{where}: field cop is {row['cop']!r}, not the number of an option")
+    rows = [(where, row) for where, row in rows if row["cop"] not in missing]
+    found = {row["cop"] for _, row in rows}
+    if rows and (0 in found) == (4 in found):
+        raise ValueError(f"{rows[0][0]}: field cop holds {sorted(found)} in this file, so it cannot be told "
+                         f"whether it counts the options from 0 or from 1")
+    return [(where, row | {"cop": row["cop"] - (4 in found)}) for where, row in rows]
 
 
 def sql_pair(row):
@@ -357,31 +636,82 @@ def sql_pair(row):
             f"Tables: {row['sql_context']}\nSQL:", " " + row["sql"])
 
 
-class Task(NamedTuple):
-    fields: tuple       # what a row must have, see check_row
-    pair: Callable      # row -> (prompt, target): what training sees
-    queries: Callable   # row -> [(prompt, target)]: what evaluation scores
-    metrics: Callable   # row, [Scored] -> {metric: value}
+def exact_match(a, b):
+    """The same tokens: spacing, comments, letter case outside quotes and closing semicolons do not count."""
+    a, b = (" ".join(sql_tokens(sql)).rstrip("; ") for sql in (a, b))
+    return a == b
 
+
+def sql_metrics(rows, scored, texts):
+    """Execution accuracy over the rows whose reference runs, also where it finds or changes something, and by
+    sql_complexity. A row may have a `database`, a script that fills a larger one, which is tried as well."""
+    verdicts = execute_in_parallel([(row["sql_context"], row["sql"], text) for row, text in zip(rows, texts)])
+    large = [(row["database"], row["sql"], text) for row, text in zip(rows, texts) if row.get("database")]
+    large = iter(execute_in_parallel(large))
+    for row, text, v in zip(rows, texts, verdicts):
+        error, match, m = v["error"] or "", float(v["match"]), {}
+        if v["ref_ok"]:
+            m = {"execution": match, "valid SQL": float(v["valid"])}
+            m |= {} if v["ref_empty"] else {"execution, not empty": match}
+            m |= {f"execution: {row.get('sql_complexity')}": match}
+        if row.get("database"):
+            w = next(large)
+            m |= {"execution on the database": float(w["match"])} if w["ref_ok"] else {}
+            m |= {"# reference fails on the database": not w["ref_ok"]}
+        yield m | {"exact match": float(exact_match(row["sql"], unfence(text))), "error": error,
+                   "# reference fails": not v["ref_ok"], "# both empty": v["both_empty"],
+                   "# child killed": bool(re.match("(reference: )?(worker killed|timeout)", error))}
+
+
+class Task(NamedTuple):
+    source: str         # the official one: a repository on the hub, or an address
+    splits: tuple       # its names of the rows to train and to evaluate on
+    fields: tuple       # what a row must have, see check_row
+    usable: Callable    # [(where, row)] -> those that can be used; ValueError if they make no sense
+    pair: Callable      # row -> (prompt, target): what training sees
+    queries: Callable   # row -> [(prompt, answer)]: what evaluation scores, without generating
+    choices: tuple      # answers whose first tokens are compared after the first of those prompts
+    new_tokens: int     # how many tokens evaluation generates at most; 0: it takes the greedy next token
+    metrics: Callable   # rows, [[Scored]], greedy texts -> for each row {metric: value, "# what": bool}
+    report: tuple       # the metrics that results.csv has a column for
+
+
+TOY_ROWS = {"train": 600, "test": 200}      # of med and sql; there are 320 facts
 
 TASKS = {
-    "fact": Task(("requested_rewrite.prompt", "requested_rewrite.subject", "requested_rewrite.target_new.str",
-                  "requested_rewrite.target_true.str", "paraphrase_prompts*", "neighborhood_prompts*"),
-                 fact_pair, fact_queries, fact_metrics),
+    "fact": Task(
+        COUNTERFACT, ("train", "train"),
+        ("requested_rewrite.prompt", "requested_rewrite.subject", "requested_rewrite.target_new.str",
+         "requested_rewrite.target_true.str", "paraphrase_prompts*", "neighborhood_prompts*"),
+        fact_usable, fact_pair, fact_queries, (), 16, partial(map, fact_metrics),
+        ("ES", "PS", "NS", "accuracy")),
+    "med": Task(
+        "openlifescienceai/medmcqa", ("train", "validation"),
+        ("question", "opa", "opb", "opc", "opd", "cop#"),
+        med_usable, med_pair, lambda row: [med_pair(row)], MED_CHOICES, 0, partial(map, med_metrics),
+        ("accuracy", "accuracy among A-D")),
+    "sql": Task(
+        "gretelai/synthetic_text_to_sql", ("train", "test"), ("sql_prompt", "sql_context", "sql"),
+        list, sql_pair, lambda row: [], (), 256, sql_metrics, ("execution", "valid SQL", "exact match")),
 }
 
 
-def load_rows(task, path=None, toy=False, limit=None):
-    """-> (training rows, evaluation rows). By convention facts are evaluated on the cases that train."""
-    if path is None and toy:
-        rows = [("toy world", r) for r in toy_facts(toy_world())]
+def load_rows(name, split, source="hub", limit=None):
+    """Rows of a task. split: "train" or "test"; source: "hub" (the official one), "toy", or a file.
+    -> (rows, number of rows skipped because they have no answer)"""
+    task, names = TASKS[name], dict(zip(("train", "test"), TASKS[name].splits))
+    if source == "toy":
+        make = {"fact": lambda world, *_: toy_facts(world), "med": toy_med, "sql": toy_sql}[name]
+        found = [("toy world", row) for row in make(toy_world(), 1, TOY_ROWS[split], names[split])]
+    elif source != "hub":
+        found = read_rows(source)
+    elif task.source.startswith("https:"):
+        found = read_rows(download(task.source))
     else:
-        rows = read_rows(path or download(COUNTERFACT))
-    if not rows:
-        raise ValueError(f"{path}: no rows")
-    for where, row in rows[:limit]:
-        check_row(where, row, TASKS[task].fields)
-        if "{}" not in row["requested_rewrite"]["prompt"]:
-            raise ValueError(f"{where}: field requested_rewrite.prompt has no {{}} for the subject")
-    rows = [row for _, row in rows[:limit]]
-    return rows, rows
+        found = [row for file in hub_files(task.source, names[split]) for row in read_rows(file)]
+    if not found:
+        raise ValueError(f"{source}: no rows")
+    for where, row in found:
+        check_row(where, row, task.fields)
+    rows = [row for _, row in task.usable(found)]
+    return rows[:limit], len(found) - len(rows)

@@ -328,25 +328,40 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, eos_ids=(), temperature=0.0, generator=None):
         """Continue prompts (lists of token ids) until an EOS or max_new_tokens; greedy at temperature 0.
-        -> the new tokens of each prompt, with the EOS."""
+        -> the new tokens of each prompt, with the EOS. On a GPU the greedy step is captured in a CUDA graph:
+        launched one by one, its kernels take longer to launch than to run."""
         if not prompts or not all(prompts):
             raise ValueError("generate needs prompts of at least one token each")
         weight, lengths = self.model["embed_tokens"].weight, [len(p) for p in prompts]
         cache = KVCache(self.config, lengths, max(lengths) + max_new_tokens, weight.dtype, weight.device)
-        x = self.hidden(torch.tensor(sum(prompts, []), device=weight.device), cache)
-        x = x[cache.prompts.cu_seqlens[1:].long() - 1]                                      # (B, C)
-        cache.begin_decoding()
         eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=weight.device)
-        out, done = [], torch.zeros(len(prompts), dtype=torch.bool, device=weight.device)
-        while True:
+
+        def choose(x):                                                      # (B, C) -> (B,)
             logits = self.logits(x).float()
-            out.append(logits.argmax(-1) if temperature == 0 else
-                       torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0])
-            done |= torch.isin(out[-1], eos)
-            if len(out) == max_new_tokens or done.all():        # a sync, once a token
+            if temperature == 0:
+                return logits.argmax(-1)
+            return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+
+        def step():     # in place, on tensors that stay where they are, so that a graph can replay it
+            token.copy_(choose(self.hidden(token, cache)))
+            cache.pos += 1
+            done.logical_or_((token[:, None] == eos).any(1))
+
+        x = self.hidden(torch.tensor(sum(prompts, []), device=weight.device), cache)
+        token = choose(x[cache.prompts.cu_seqlens[1:].long() - 1])
+        done = (token[:, None] == eos).any(1)
+        cache.begin_decoding()
+        out, advance, graphed = [token.clone()], step, weight.is_cuda and temperature == 0
+        while len(out) < max_new_tokens:
+            if len(out) % (16 if weight.is_cuda else 1) == 0 and done.all():    # a sync
                 break
-            x = self.hidden(out[-1], cache)
-            cache.pos = cache.pos + 1
+            if graphed and len(out) == 2:       # the first step, not captured, has set the libraries up
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    step()
+                advance = graph.replay
+            advance()
+            out.append(token.clone())
         rows = torch.stack(out, dim=1).tolist()
         ends = [next((i + 1 for i, t in enumerate(row) if t in eos_ids), len(row)) for row in rows]
         return [row[:n] for row, n in zip(rows, ends)]
@@ -389,6 +404,26 @@ class Transformer(nn.Module):
         save_safely(directory / "model.safetensors", lambda path: save_file(state, path, {"format": "pt"}))
         save_safely(directory / "config.json", json.dumps(raw, indent=2) + "\n")
         (directory / "model.safetensors.index.json").unlink(missing_ok=True)    # of shards that stood here
+
+    @torch.no_grad()
+    def save_adapter(self, directory, base):
+        """On a frozen base: the LoRA experts as the one LoRA that they are together, in fp32, for `peft`. Its
+        scales are inside B, so lora_alpha = r; rsLoRA's flag is off, for not all readers know it (vllm#6909).
+        base: where the base model is, a directory or a hub id."""
+        directory, state = Path(directory), {}
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, layer in self.named_modules():
+            if isinstance(layer, MoLFLinear):
+                for key, matrix in zip("AB", layer.stacked()):
+                    # without the prefix peft loads nothing and says nothing
+                    state[f"base_model.model.{name}.lora_{key}.weight"] = matrix.cpu().contiguous()
+                rank = sum(layer.ranks)
+        config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base), r=rank,
+                      lora_alpha=rank, use_rslora=False, lora_dropout=0.0, bias="none", inference_mode=True,
+                      target_modules=list(TARGETS), fan_in_fan_out=False)
+        weights = directory / "adapter_model.safetensors"
+        save_safely(weights, lambda path: save_file(state, path, {"format": "pt"}))
+        save_safely(directory / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
 """Fine-tune Qwen2.5 or Gemma-3 with full fine-tuning, LoRA, MoLF or MoLF-Efficient: one loop for the four.
 
     python train.py                                                     # MoLF on the embedded toy, on any CPU
-    python train.py --method lora                                       # or fft, molf, molf-e
-    python train.py --model Qwen/Qwen2.5-0.5B --task fact --limit 1000  # a hub model on CounterFact
-    python train.py --model DIR --task fact --data counterfact.json --out runs/mine
-    python train.py --model DIR --task fact --dry-run                   # counts, bytes, steps; loads nothing
+    python train.py --task sql --method lora                            # or fact, med; fft, molf, molf-e
+    python train.py --model Qwen/Qwen2.5-0.5B --task med                # a hub model on MedMCQA
+    python train.py --model DIR --task sql --data train.parquet --eval-data test.parquet --out runs/mine
+    python train.py --eval-only runs/mine                               # or any checkpoint: train nothing
+    python train.py --model DIR --task sql --dry-run                    # counts, bytes, steps; loads nothing
 """
 import argparse
+import csv
 import hashlib
 import json
 import math
@@ -19,7 +21,9 @@ import sys
 import time
 from collections import Counter
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -32,10 +36,12 @@ from molf import SCORES, MoLFAdamW, param_groups
 
 # What flags mean that are not given: the paper's settings (arXiv 2605.07111), but for the toy, whose width of
 # 128 wants smaller ranks and larger steps.
-PAPER = dict(epochs=2, lr=5e-5, lora_lr=5e-5, alpha=32,
+PAPER = dict(epochs={"fact": 2, "med": 2, "sql": 2}, lr=5e-5, lora_lr=5e-5, alpha=32,
              ranks={"fft": [], "lora": [128], "molf": [128], "molf-e": [32, 128]})
-TOY = dict(epochs=10, lr=1e-3, lora_lr=1e-3, alpha=12,
+TOY = dict(epochs={"fact": 10, "med": 4, "sql": 4}, lr=1e-3, lora_lr=1e-3, alpha=12,
            ranks={"fft": [], "lora": [16], "molf": [16], "molf-e": [4, 16]})
+EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+EVALUATION_FLAGS = "task", "data", "eval_data", "limit", "eval_limit", "dtype", "max_tokens"
 
 
 def parse_args(argv=None):
@@ -43,7 +49,10 @@ def parse_args(argv=None):
     add = p.add_argument
     add("--model", default="toy", help="toy, a directory in Hugging Face format, or a hub id (default: toy)")
     add("--task", default="fact", choices=list(data.TASKS))
-    add("--data", help="rows, .json .jsonl .jsonl.gz .parquet (default: official; for the toy its own)")
+    add("--data", help="training rows: hub (the official ones), toy, or a file, .json .jsonl .jsonl.gz "
+        ".parquet (default: hub; for the toy model toy)")
+    add("--eval-data", help="rows to evaluate on, likewise (default: as --data; a file for med and sql needs "
+        "one of its own; facts are evaluated on the cases that train)")
     add("--out", help="run directory (default: runs/<model>-<task>-<method>-<hash of the flags>)")
     add("--overwrite", action="store_true", help="replace a finished run in --out")
     add("--method", default="molf", choices=["fft", "lora", "molf", "molf-e"])
@@ -60,24 +69,40 @@ def parse_args(argv=None):
     add("--lora-weight-decay", type=float, default=0.01, help="of the LoRA experts (default: 0.01)")
     add("--warmup", type=float, default=0.1, help="share of steps with rising lr, then cosine to 0 (0.1)")
     add("--clip", type=float, default=1.0, help="gradient norm over all experts (default: 1.0)")
-    add("--epochs", type=int, help="(default: 2; toy 10)")
+    add("--epochs", type=int, help="(default: 2; toy 10, med and sql 4)")
     add("--batch-size", type=int, default=32, help="sequences of an optimizer step (default: 32)")
     add("--max-tokens", type=int, default=16384, help="tokens of a micro-batch, for memory (default: 16384)")
     add("--max-length", type=int, default=1024, help="longer training sequences are skipped (default: 1024)")
     add("--checkpointing", action="store_true", help="recompute activations in backward: less memory")
     add("--limit", type=int, help="use only the first N training rows")
     add("--eval-limit", type=int, help="evaluate on the first N rows only")
+    add("--eval-every", type=int, metavar="N", help="every N steps, evaluate on a tenth of the training rows,"
+        " at most 128, that are held out for it (facts: that train as well)")
+    add("--eval-only", metavar="DIR", help="evaluate a checkpoint, or a run as it was before; train nothing")
+    add("--export-dtype", default="bf16", choices=list(EXPORT_DTYPES), help="of the model (default: bf16)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=["bfloat16", "float32"], 
+    add("--dtype", choices=["bfloat16", "float32"],
         help="of the weights in the forward pass; experts and moments are always float32 (default: bfloat16 "
              "on a GPU, float32 on a CPU)")
     add("--seed", type=int, default=42, help="of experts, order of the data and dropout (default: 42)")
     add("--log-every", type=int, default=10, help="steps between log lines (default: 10)")
     add("--dry-run", action="store_true", help="print counts, bytes by kind, number of steps; then stop")
     a = p.parse_args(argv)
+    if a.eval_only:
+        folder = Path(a.eval_only)
+        a.model = str(folder / "model" if (folder / "model").is_dir() else folder)
+        if (folder / "config.json").is_file():          # of a run: it has flags; of a checkpoint: it has none
+            flags = json.loads((folder / "config.json").read_text()).get("flags", {})
+            p.set_defaults(**{k: flags[k] for k in EVALUATION_FLAGS if k in flags}, model=a.model)
+            a = p.parse_args(argv)
+    a.data = a.data or ("toy" if a.model == "toy" else "hub")
+    if a.eval_data is None:
+        if a.task != "fact" and a.data not in ("hub", "toy"):
+            p.error(f"--data {a.data} wants --eval-data FILE: rows of {a.task} to evaluate on")
+        a.eval_data = a.data
     for key, value in (TOY if a.model == "toy" else PAPER).items():
         if getattr(a, key) is None:
-            setattr(a, key, value[a.method] if key == "ranks" else value)
+            setattr(a, key, value[a.method if key == "ranks" else a.task] if isinstance(value, dict) else value)
     full = a.method in ("fft", "molf")
     a.rest = a.rest or ("train" if full else "freeze")
     a.dtype = a.dtype or ("bfloat16" if a.device.startswith("cuda") else "float32")
@@ -88,9 +113,12 @@ def parse_args(argv=None):
     if not 1 <= a.top_k <= full + len(a.ranks):
         p.error(
             f"--top-k {a.top_k}: {a.method} with ranks {a.ranks} has {full + len(a.ranks)} experts a module")
-    for key in ("epochs", "batch_size", "max_tokens", "max_length", "limit", "eval_limit", "log_every"):
+    for key in ("epochs", "batch_size", "max_tokens", "max_length", "limit", "eval_limit", "eval_every",
+                "log_every"):
         if getattr(a, key) is not None and getattr(a, key) < 1:
             p.error(f"--{key.replace('_', '-')} must be at least 1")
+    if a.eval_only and a.dry_run:
+        p.error("--eval-only trains nothing, so there is nothing that --dry-run could count")
     if not 0 <= a.dropout < 1 or not 0 <= a.warmup <= 1:
         p.error("--dropout and --warmup are shares, from 0 to 1")
     try:
@@ -99,8 +127,8 @@ def parse_args(argv=None):
         p.error(f"--device {a.device}: {str(e).splitlines()[0]}")
     if not a.out:
         what = [(k, v) for k, v in sorted(vars(a).items()) if k not in ("overwrite", "dry_run", "log_every")]
-        name = hashlib.sha256(repr(what).encode()).hexdigest()[:8]
-        a.out = f"runs/{Path(a.model).name}-{a.task}-{a.method}-{name}"
+        name = Path(a.eval_only or a.model).name, a.task, "eval" if a.eval_only else a.method
+        a.out = f"runs/{'-'.join(name)}-{hashlib.sha256(repr(what).encode()).hexdigest()[:8]}"
     return a
 
 
@@ -151,9 +179,9 @@ def lr_factor(step, total, warmup):
     return 0.5 * (1 + math.cos(math.pi * (step - n) / max(1, total - n)))
 
 
-def train(model, optimizer, examples, a, log=print):
-    """Train `model` on `examples` with the flags `a`; log(line, record) every a.log_every steps.
-    -> {"winners": (steps, modules, experts) bool, "scores": the same in fp32}"""
+def train(model, optimizer, examples, a, log=print, held_out=None):
+    """Train `model` on `examples` with the flags `a`; log(line, record) every a.log_every steps, and what
+    held_out() returns every a.eval_every. -> {"winners": (steps, modules, experts) bool, "scores": fp32}"""
     device = next(model.parameters()).device
     params = [p for g in optimizer.param_groups for p in g["params"]]
     kinds = {g["kind"]: i for i, g in enumerate(optimizer.param_groups)}    # one group of each, for the log
@@ -199,6 +227,13 @@ def train(model, optimizer, examples, a, log=print):
             log(f"step {step + 1:4d}/{total}  loss {loss[-1]:.4f}  lr {lrs}  norm {norm[-1]:.2f}  "
                 f"full {share:4.0%}  {f'{speed:,.0f}' if speed else '-'} tok/s  "
                 f"eta {int(left) // 60}:{int(left) % 60:02d}  {record['peak_gb']:.1f} GB", record)
+        if held_out and (step + 1) % a.eval_every == 0:
+            start = time.perf_counter()
+            model.eval()
+            line, record = held_out()
+            log(f"step {step + 1:4d}/{total}  {line}", dict(step=step + 1, **record))
+            model.train()
+            clock += time.perf_counter() - start                            # not training time
     model.eval()
     return {"winners": torch.cat(winners), "scores": torch.cat(scores)}
 
@@ -233,34 +268,69 @@ def peak_memory(device):
 # evaluation
 
 @torch.no_grad()
-def score_targets(model, examples, max_tokens=16384):
-    """Packed forward passes, no generation -> a data.Scored for each example. Softmax in fp32."""
+def score_targets(model, examples, max_tokens=16384, choices=()):
+    """Packed forward passes, no generation -> a data.Scored for each example. Softmax in fp32. choices: token
+    ids to compare in the place of a target's first token."""
     device = next(model.parameters()).device
     tagged = sorted((e._replace(row=i) for i, e in enumerate(examples)), key=lambda e: len(e.ids))
     results = [None] * len(examples)
     for batch in micro_batches(tagged, max_tokens):
         ids, layout, where, labels = to_device(batch, device)
-        hidden, logprobs, greedy = model.hidden(ids, layout)[where], [], []
+        hidden, logprobs, greedy, others = model.hidden(ids, layout)[where], [], [], []
         for x, y in zip(hidden.split(LOGIT_ROWS), labels.split(LOGIT_ROWS)):
             logits = model.logits(x).float()
-            # The target's logit is summed in fp32: in bf16, 20.0 and 20.05 would tie.
-            logprobs.append((x.float() * model.head[y].float()).sum(1) - logits.logsumexp(1))
-            greedy.append(logits.argmax(1) == y)
-        logprobs, greedy, i = torch.cat(logprobs).tolist(), torch.cat(greedy).tolist(), 0
+            norm = logits.logsumexp(1)
+            # The logits that are compared are summed in fp32: in bf16, 20.0 and 20.05 would tie.
+            logprobs.append((x.float() * model.head[y].float()).sum(1) - norm)
+            others.append(x.float() @ model.head[list(choices)].float().T - norm[:, None])
+            greedy.append(logits.argmax(1))
+        logprobs, greedy, others = (torch.cat(t).tolist() for t in (logprobs, greedy, others))
+        i = 0
         for e in batch:
             n = len(e.ids) - e.n_prompt
-            results[e.row] = data.Scored(logprobs[i:i + n], greedy[i:i + n], e.ids[e.n_prompt])
+            results[e.row] = data.Scored(logprobs[i:i + n], e.ids[e.n_prompt], greedy[i], others[i])
             i += n
     return results
 
 
-def evaluate(model, task, questions, max_tokens):
-    """questions: [(row, [Example])] -> {metric: {"value", "n", "low", "high"}}: the mean over rows with a
-    95 % bootstrap interval."""
-    scored = iter(score_targets(model, [e for _, examples in questions for e in examples], max_tokens))
-    per_row = [task.metrics(row, [next(scored) for _ in examples]) for row, examples in questions]
-    names = dict.fromkeys(name for m in per_row for name in m)
-    return {name: bootstrap([m[name] for m in per_row if name in m]) for name in names}
+def continue_all(model, prompts, max_new_tokens, eos_ids, places):
+    """Greedy continuations of any number of prompts (lists of ids): those of like length together, longest
+    first, in batches whose KV cache has at most `places` places. -> the new tokens of each, with the EOS"""
+    order, new = sorted(range(len(prompts)), key=lambda i: -len(prompts[i])), [None] * len(prompts)
+    while order:
+        n = max(1, places // (len(prompts[order[0]]) + max_new_tokens))
+        batch, order = order[:n], order[n:]
+        for i, ids in zip(batch, model.generate([prompts[i] for i in batch], max_new_tokens, eos_ids)):
+            new[i] = ids
+    return new
+
+
+def evaluate(model, tokenizer, task, questions, max_tokens):
+    """questions: [data.Question] -> ({metric: {"value", "n", "low", "high"}, "# what": count}, predictions).
+    A metric is the mean over the rows that have it, with a 95 % bootstrap interval."""
+    start, rows = time.perf_counter(), [q.row for q in questions]
+    choices = [tokenizer.encode(c)[0] for c in task.choices]
+    scored = iter(score_targets(model, [e for q in questions for e in q.examples], max_tokens, choices))
+    scored = [[next(scored) for _ in q.examples] for q in questions]
+    if task.new_tokens:
+        new = continue_all(model, [q.prompt for q in questions], task.new_tokens, tokenizer.eos_ids,
+                           2 * max_tokens)
+    else:
+        new = [[s[0].greedy] for s in scored]
+    texts = [tokenizer.decode(ids) for ids in new]
+    verdicts, predictions = list(task.metrics(rows, scored, texts)), []
+    for row, ids, text, v in zip(rows, new, texts, verdicts):
+        if task.new_tokens:
+            v["# not stopped"] = ids[-1] not in tokenizer.eos_ids
+        v["# not UTF-8"] = "\ufffd" in text
+        prompt, reference = task.pair(row)
+        predictions.append(dict(prompt=prompt, reference=reference, prediction=text, verdict=v))
+    metrics = {}
+    names = dict.fromkeys(name for v in verdicts for name in v if name != "error")
+    for name in sorted(names, key=lambda name: ":" in name):                # a table of kinds comes last
+        values = [v[name] for v in verdicts if name in v]
+        metrics[name] = sum(values) if name.startswith("#") else bootstrap(values)
+    return metrics | {"seconds": time.perf_counter() - start}, predictions
 
 
 def bootstrap(values, resamples=1000):
@@ -315,19 +385,54 @@ def estimate_bytes(model, a, tokens):
             "logits (estimate)": 12 * min(tokens, LOGIT_ROWS) * c.vocab_size}
 
 
+class Rows(NamedTuple):
+    examples: list          # to train on
+    held_out: list          # [(Example, Question)] to evaluate on during training
+    questions: list         # [Question] to evaluate on before and after
+    skipped: Counter        # {which: how many rows}
+
+
 def read_data(a, tokenizer):
-    """-> (training examples, [(evaluation row, its examples)]). Says how many rows were left out, and why."""
-    task = data.TASKS[a.task]
-    train_rows, eval_rows = data.load_rows(a.task, a.data, toy=a.model == "toy", limit=a.limit)
-    examples = [data.encode(tokenizer, *task.pair(row), row=i) for i, row in enumerate(train_rows)]
-    kept = [e for e in examples if len(e.ids) <= a.max_length]
-    if len(kept) < len(examples):
-        print(f"skipped {len(examples) - len(kept)} of {len(examples)} training rows, longer than "
-              f"--max-length {a.max_length} tokens; cut none")
-    if not kept:
-        raise ValueError("no training row is left: raise --max-length")
-    return kept, [(row, [data.encode(tokenizer, *q, row=i) for q in task.queries(row)])
-                  for i, row in enumerate(eval_rows[:a.eval_limit])]
+    """-> Rows. Says how many rows were left out, and why; none is cut."""
+    task, skipped = data.TASKS[a.task], Counter()
+
+    def encoded(what, numbered, make):
+        for i, row in numbered:
+            try:
+                yield make(i, row)
+            except ValueError as e:         # SmolLM2's vocabulary, for one, lacks some bytes
+                why = f"{what} rows that the tokenizer cannot encode"
+                print(f"{what} row {i} is skipped: {e}") if why not in skipped else None
+                skipped[why] += 1
+
+    def example(i, row):
+        return data.encode(tokenizer, *task.pair(row), row=i)
+
+    def question(i, row):
+        return data.ask(tokenizer, task, row, i)
+
+    examples, held_out = [], []
+    if not a.eval_only:
+        rows, skipped["training rows without an answer"] = data.load_rows(a.task, "train", a.data, a.limit)
+        numbered = list(enumerate(rows))
+        if a.eval_every:
+            picked = random.Random(f"held out {a.seed}").sample(numbered, max(1, min(128, len(rows) // 10)))
+            held_out = list(encoded("held-out", picked, lambda *x: (example(*x), question(*x))))
+            numbered = [x for x in numbered if a.task == "fact" or x not in picked]
+        every = list(encoded("training", numbered, example))
+        examples = [e for e in every if len(e.ids) <= a.max_length]
+        skipped[f"training rows longer than --max-length {a.max_length} tokens"] = len(every) - len(examples)
+        if not examples:
+            raise ValueError("no training row is left: raise --max-length")
+    same = a.task == "fact" and a.eval_data == a.data
+    rows, skipped["evaluation rows without an answer"] = data.load_rows(a.task, "test", a.eval_data,
+                                                                        a.limit if same else None)
+    questions = list(encoded("evaluation", enumerate(rows[:a.eval_limit]), question))
+    if not questions:
+        raise ValueError(f"{a.eval_data}: no row is left to evaluate on")
+    for what, n in skipped.items():
+        print(f"skipped {n} {what}") if n else None
+    return Rows(examples, held_out, questions, +skipped)
 
 
 def main(argv=None):
@@ -339,8 +444,11 @@ def main(argv=None):
             raise FileExistsError(f"--out {out} is a file")
         if (out / "results.json").exists() and not (a.overwrite or a.dry_run):
             raise FileExistsError(f"{out} holds a finished run: give another --out, or --overwrite")
+        table = out.parent / "results.csv"
+        if table.exists() and table.open().readline().strip() != ",".join(CSV_COLUMNS):
+            raise FileExistsError(f"{table} has other columns than this version writes: move it away")
         config, tokenizer = read_config(source), Tokenizer.from_file(source)
-        examples, questions = read_data(a, tokenizer)
+        rows = read_data(a, tokenizer)
         if a.dry_run:
             with torch.device("meta"):
                 model = Transformer(config).to(getattr(torch, a.dtype))
@@ -348,23 +456,31 @@ def main(argv=None):
             model = Transformer.from_pretrained(source, getattr(torch, a.dtype), a.device)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
-    before = None if a.dry_run else evaluate(model, data.TASKS[a.task], questions, a.max_tokens)
+    if not a.dry_run:
+        task = data.TASKS[a.task]
+        before, predictions = evaluate(model, tokenizer, task, rows.questions, a.max_tokens)
+    if a.eval_only:
+        start_run(out, dict(flags=vars(a), rows=0, **provenance()))
+        report(out, a, dict(after=before, skipped=rows.skipped), predictions, 0)
+        return
     model.checkpointing = a.checkpointing
     torch.manual_seed(a.seed)                               # of A and of dropout
     add_experts(model, a.ranks, a.alpha, a.method in ("fft", "molf"), a.dropout, train_rest=a.rest == "train")
-    counts, steps = count_parameters(model), a.epochs * math.ceil(len(examples) / a.batch_size)
-    print(f"{a.method} on {a.model}, task {a.task}: {len(examples)} rows, {steps} steps, seed {a.seed}; eos "
-          f"{tokenizer.eos_ids}, bos {tokenizer.bos_id}\nparameters: "
+    counts, steps = count_parameters(model), a.epochs * math.ceil(len(rows.examples) / a.batch_size)
+    print(f"{a.method} on {a.model}, task {a.task}: {len(rows.examples)} rows, {steps} steps, seed {a.seed}; "
+          f"eos {tokenizer.eos_ids}, bos {tokenizer.bos_id}\nparameters: "
           + ", ".join(f"{kind} {n:,}" for kind, n in counts.items()))
     if a.dry_run:
-        longest = max(sum(len(e.ids) for e in batch_of(i, examples, a)) for i in range(steps // a.epochs))
+        longest = max(sum(len(e.ids) for e in batch_of(i, rows.examples, a))
+                      for i in range(steps // a.epochs))
         sizes = estimate_bytes(model, a, min(longest, a.max_tokens))
         for kind, n in {**sizes, "peak (estimate)": sum(sizes.values())}.items():
             print(f"  {kind:24s}{n / 1e9:9.3f} GB")
         return
-    record = dict(flags=vars(a), parameters=counts, steps=steps, rows=len(examples), **provenance())
+    record = dict(flags=vars(a), parameters=counts, steps=steps, rows=len(rows.examples), **provenance())
     try:
-        run(model, examples, questions, before, a, out, record)
+        start_run(out, record)
+        run(model, tokenizer, rows, before, a, out)
     except FloatingPointError as e:
         model.save_pretrained(out / "last-good")
         sys.exit(f"error: {e}. The model as it was before that step is in {out / 'last-good'}")
@@ -372,37 +488,86 @@ def main(argv=None):
         sys.exit(f"error: {e}")
 
 
-def run(model, examples, questions, before, a, out, record):
-    """Train, evaluate, export; all that a run leaves in its directory `out` is written here."""
+def start_run(out, record):
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").unlink(missing_ok=True)          # from here on an old run in `out` is not finished
     save_safely(out / "config.json", json.dumps(record, indent=2) + "\n")
+
+
+def run(model, tokenizer, rows, before, a, out):
+    """Train, evaluate, export, into the run's directory `out`."""
+    task = data.TASKS[a.task]
     optimizer = MoLFAdamW(param_groups(model, a.lr, a.lora_lr, a.weight_decay, a.lora_weight_decay),
                           score=SCORES[a.score], top_k=a.top_k)
+
+    def held_out():
+        examples, questions = zip(*rows.held_out)
+        metrics, predictions = evaluate(model, tokenizer, task, questions, a.max_tokens)
+        loss = batch_loss(model, examples, a.max_tokens)
+        shown = "  ".join(f"{k} {metrics[k]['value']:.1%}" for k in task.report if k in metrics)
+        return (f"held out: loss {loss:.4f}  {shown}\n{sample(predictions[0])}",
+                dict(held_out=metrics, loss=loss))
+
     with open(out / "log.jsonl", "w") as log_file:
         def log(line, record):
             print(line, flush=True)
             print(json.dumps(record), file=log_file, flush=True)
-        routing = train(model, optimizer, examples, a, log)
+        routing = train(model, optimizer, rows.examples, a, log, rows.held_out and held_out)
     names = optimizer.module_names
     del optimizer                                           # its moments make room for the export
     metadata = {"modules": json.dumps(names)}
     save_safely(out / "routing.safetensors", lambda path: save_file(routing, path, metadata))
-    after = evaluate(model, data.TASKS[a.task], questions, a.max_tokens)
-    model.save_pretrained(out / "model")
-    exported = Transformer.from_pretrained(out / "model", device=a.device)
-    losses = [batch_loss(m, examples[:a.batch_size], a.max_tokens) for m in (model, exported)]
-    results = dict(before=before, after=after, loss=dict(zip(("trained", "exported"), losses)))
-    save_safely(out / "results.json", json.dumps(results, indent=2) + "\n")
-    print(f"\n{'':20s}before   after   95 % interval        n")
-    for name, x in after.items():
-        print(f"{name:18s}{before[name]['value']:8.1%}{x['value']:8.1%}   {x['low']:6.1%} to {x['high']:6.1%}"
-              f"{x['n']:7d}")
+    after, predictions = evaluate(model, tokenizer, task, rows.questions, a.max_tokens)
+    model.save_pretrained(out / "model", EXPORT_DTYPES[a.export_dtype])
+    if a.method in ("lora", "molf-e") and a.rest == "freeze":
+        model.save_adapter(out / "adapter", model.source.resolve() if Path(a.model).exists() else a.model)
+    # the exported weights, in arithmetic that is no coarser than they are
+    wider = torch.float32 if "float32" in (a.dtype, EXPORT_DTYPES[a.export_dtype]) else torch.bfloat16
+    exported = Transformer.from_pretrained(out / "model", wider, a.device)
+    losses = [batch_loss(m, rows.examples[:a.batch_size], a.max_tokens) for m in (model, exported)]
+    results = dict(before=before, after=after, loss=dict(zip(("trained", "exported"), losses)),
+                   skipped=rows.skipped)
+    report(out, a, results, predictions, len(rows.examples))
     if routing["winners"].shape[-1] > 1:
         first = "full" if a.method == "molf" else f"rank-{a.ranks[0]}"
         print(f"\nsteps won by the {first} expert:  " + "  ".join(
             f"{kind} {share:.0%}" for kind, share in first_share(routing["winners"], names).items()))
     print(f"\nmodel: {out / 'model'}   loss of a batch, trained {losses[0]:.6f}, exported {losses[1]:.6f}")
+
+
+CSV_COLUMNS = ("date run task model method score top_k ranks alpha lr lora_lr epochs batch_size seed rows "
+               "seconds").split() + list(dict.fromkeys(chain(*(task.report for task in data.TASKS.values()))))
+
+
+def report(out, a, results, predictions, n_rows):
+    """predictions.jsonl, results.json, a line in results.csv beside the run; a table and samples to read."""
+    before, after = results.get("before", {}), results["after"]
+    lines = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)
+    save_safely(out / "predictions.jsonl", lines)
+    save_safely(out / "results.json", json.dumps(results, indent=2) + "\n")
+    row = vars(a) | dict(date=time.strftime("%Y-%m-%d %H:%M:%S"), run=out.name, rows=n_rows,
+                         ranks=" ".join(map(str, a.ranks)), seconds=round(after["seconds"], 1))
+    row |= {"method": "evaluation", "model": a.eval_only} if a.eval_only else {}
+    row |= {name: x["value"] for name, x in after.items() if isinstance(x, dict)}
+    with open(out.parent / "results.csv", "a", newline="") as f:
+        writer = csv.DictWriter(f, CSV_COLUMNS, extrasaction="ignore")
+        writer.writeheader() if f.tell() == 0 else None
+        writer.writerow(row)
+    print("\n" + "\n".join(map(sample, predictions[:3])))
+    print(f"\n{'':30s}{'before' if before else '':8s}   after   95 % interval        n")
+    for name, x in after.items():
+        if isinstance(x, dict):
+            was = f"{before[name]['value']:8.1%}" if name in before else " " * 8
+            print(f"{name:28s}{was}{x['value']:8.1%}   {x['low']:6.1%} to {x['high']:6.1%}{x['n']:7d}")
+        elif name.startswith("#") and (x or before.get(name)):
+            print(f"{name:28s}{before.get(name, ''):8}{x:8d}")
+    print(f"evaluated in {after['seconds']:.1f} s")
+
+
+def sample(p):
+    """A prediction to read: on one line each, and quoted, for a model may write anything."""
+    return "\n".join([f"  prompt     ...{p['prompt'][-90:]!r}", f"  reference  {p['reference'][:200]!r}",
+                      f"  prediction {p['prediction'][:200]!r}"])
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ import data  # noqa: E402
 import train  # noqa: E402
 from model import Config, Transformer, add_experts  # noqa: E402
 from molf import MoLFAdamW, param_groups  # noqa: E402
-from toy.world import TOY_FACTS, toy_corpus, toy_facts, toy_world  # noqa: E402
+from toy.world import TOY_FACTS, toy_corpus, toy_world  # noqa: E402
 
 EOS = "<|endoftext|>"
 CONFIG = dict(model_type="qwen2", hidden_size=128, intermediate_size=352, num_hidden_layers=6,
@@ -50,8 +50,9 @@ def make_tokenizer(texts, path, vocab_size=1024):
 def true_fact_share(model, tokenizer, world):
     """Share of the true facts, over all phrasings, that greedy decoding continues rightly."""
     pairs = [(p.format(s), " " + t) for r in TOY_FACTS for s, t in world[r].items() for p in TOY_FACTS[r]]
-    scored = train.score_targets(model, [data.encode(tokenizer, *p) for p in pairs])
-    return sum(all(s.greedy) for s in scored) / len(scored)
+    prompts = [data.encode_prompt(tokenizer, p) for p, _ in pairs]
+    new = train.continue_all(model, prompts, 8, tokenizer.eos_ids, 65536)
+    return sum(tokenizer.decode(ids) == t for ids, (_, t) in zip(new, pairs)) / len(pairs)
 
 
 def main():
@@ -89,11 +90,11 @@ def main():
                 lambda line, _: print(line, flush=True))
     model.save_pretrained(args.out, torch.bfloat16)
     saved = Transformer.from_pretrained(args.out, torch.float32, args.device)
-    rows = toy_facts(world)
     print(f"true facts, all phrasings: {true_fact_share(saved, tokenizer, world):.1%}")
-    questions = [(row, [data.encode(tokenizer, *q) for q in data.fact_queries(row)]) for row in rows]
-    results = train.evaluate(saved, data.TASKS["fact"], questions, 65536)
-    print({k: round(v["value"], 3) for k, v in results.items()})
+    for name, task in data.TASKS.items():
+        questions = [data.ask(tokenizer, task, row) for row in data.load_rows(name, "test", "toy")[0]]
+        metrics, _ = train.evaluate(saved, tokenizer, task, questions, 65536)
+        print(name, {k: round(metrics[k]["value"], 3) for k in task.report})
     print(f"{time.time() - start:.0f} s, {sum(f.stat().st_size for f in args.out.iterdir()) / 1e6:.2f} MB")
 
 

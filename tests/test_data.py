@@ -1,4 +1,4 @@
-"""The tokenizer against the `tokenizers` library, rows, packing, and the metrics of the fact task by hand.
+"""The tokenizer against the `tokenizers` library, rows, packing, and the tasks' metrics by hand.
 
     MOLF_REAL=/folder/of/checkpoints pytest -m real      # also the real tokenizer files
 """
@@ -514,8 +514,13 @@ def write(path, rows):
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.jsonl.gz", "a.parquet"])
 def test_rows_from_every_kind_of_file(tmp_path, name):
-    train, test = load_rows("fact", write(tmp_path / name, [ROW, ROW, ROW]), limit=2)
-    assert train == test == [ROW, ROW]
+    for split in ("train", "test"):
+        assert load_rows("fact", split, write(tmp_path / name, [ROW, ROW, ROW]), limit=2) == ([ROW, ROW], 0)
+
+
+def test_json_lines_by_the_name_of_json_and_a_byte_order_mark(tmp_path):
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + b"\n".join([json.dumps(ROW).encode()] * 2) + b"\n")
+    assert load_rows("fact", "train", tmp_path / "a.json") == ([ROW, ROW], 0)
 
 
 def without(*path):
@@ -532,10 +537,11 @@ def without(*path):
     ([without("paraphrase_prompts")], "line 1: field paraphrase_prompts is missing"),
     ([ROW | {"neighborhood_prompts": "one"}], "field neighborhood_prompts is not a list of strings"),
     ([ROW | {"requested_rewrite": ROW["requested_rewrite"] | {"prompt": "no place"}}], "prompt has no {}"),
+    ([{"Question": "?", "Context": "x"}], "needed are .*paraphrase_prompts.*; found: Question, Context"),
     ([3], "line 1: field requested_rewrite.prompt is missing"), ([], "no rows")])
 def test_bad_rows_are_named_by_file_line_and_field(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message) as e:
-        load_rows("fact", write(tmp_path / "bad.jsonl", rows))
+        load_rows("fact", "train", write(tmp_path / "bad.jsonl", rows))
     assert "bad.jsonl" in str(e.value)
 
 
@@ -546,7 +552,7 @@ def test_a_file_that_is_missing_or_not_json(tmp_path):
     with pytest.raises(ValueError, match="a.jsonl line 2 cannot be read"):
         read_rows(tmp_path / "a.jsonl")
     cut = gzip.compress(b"{}" * 99)[:-9]
-    for name, content in (("b.json", b"[1, 2"), ("c.json", b"3"), ("d.jsonl", b"\xff\xfe"),
+    for name, content in (("b.json", b"[1, 2"), ("c.json", b"x"), ("d.jsonl", b"\xff\xfe"),
                           ("e.parquet", b"PAR1"), ("f.jsonl.gz", cut), ("g.json.gz", b"no gzip")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name}.* cannot be read"):
@@ -581,6 +587,107 @@ def test_a_download_is_whole_or_not_there_and_happens_once(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["good.json"]
 
 
+def test_a_split_on_the_hub_is_found_by_what_the_repository_holds(tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot_download(repo, repo_type, allow_patterns):
+        asked.append((repo, repo_type, allow_patterns))
+        return str(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    for i, name in enumerate(["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet",
+                              "data/validation-00000-of-00001.parquet", "data/pretraining.parquet"]):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        write(tmp_path / name, [dict(MED, question=str(i), cop=c) for c in (0, 2)])
+    questions = lambda split: [r["question"] for r in load_rows("med", split)[0]]       # noqa: E731
+    assert questions("train") == ["0", "0", "1", "1"] and questions("test") == ["2", "2"]
+    assert asked[0] == ("openlifescienceai/medmcqa", "dataset", "*train*.parquet")
+    write(tmp_path / "synthetic_text_to_sql_test.snappy.parquet", [SQL, SQL])
+    assert load_rows("sql", "test") == ([SQL, SQL], 0)
+    (tmp_path / "data" / "validation-00000-of-00001.parquet").unlink()
+    with pytest.raises(OSError, match="no parquet file of a split 'validation'"):
+        load_rows("med", "test")
+
+
+def test_a_hub_that_cannot_be_reached_is_one_clear_line(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match="cannot download https://.*/datasets/gretelai/.*--eval-data"):
+        load_rows("sql", "train")
+
+
+# --------------------------------------------------------------------------------------------------- med task
+
+MED = {"question": "Which vitamin?", "opa": "a", "opb": "b", "opc": "c", "opd": "d", "cop": 2}
+
+
+def test_med_prompt():
+    assert data.med_pair(MED) == ("Answer the medical question with the letter of the right option.\n\n"
+                                  "Question: Which vitamin?\nA) a\nB) b\nC) c\nD) d\nAnswer:", " C")
+
+
+def med_rows(tmp_path, cops, **kwargs):
+    rows, skipped = load_rows("med", "train", write(tmp_path / "med.jsonl", [MED | {"cop": c} for c in cops]),
+                              **kwargs)
+    return [r["cop"] for r in rows], skipped
+
+
+def test_options_counted_from_1_are_recognised_and_rows_without_an_answer_skipped(tmp_path):
+    assert med_rows(tmp_path, [0, 3, 1]) == ([0, 3, 1], 0)
+    assert med_rows(tmp_path, [1, 4, 2]) == ([0, 3, 1], 0)
+    assert med_rows(tmp_path, [1, 1, 1, 4], limit=2) == ([0, 0], 0)             # the whole file decides
+    assert med_rows(tmp_path, [None, 0, -1, 3]) == ([0, 3], 2)
+    assert med_rows(tmp_path, [None, None]) == ([], 2)
+
+
+@pytest.mark.parametrize("cops, message", [
+    ([0, 4], r"holds \[0, 4\].*cannot be told"), ([1, 2, 3], "cannot be told"), ([0, 5], "2: field cop is 5"),
+    ([0, "1"], "line 2: field cop is not a whole number"), ([0, True], "not a whole number")])
+def test_answers_that_make_no_sense(tmp_path, cops, message):
+    with pytest.raises(ValueError, match=message):
+        med_rows(tmp_path, cops)
+
+
+def test_a_parquet_without_the_columns_names_both(tmp_path):
+    path = write(tmp_path / "x.parquet", [{"question": "?", "answer": "A"}])
+    with pytest.raises(ValueError, match="x.parquet line 1: field opa is missing; needed are question, opa, "
+                                         "opb, opc, opd, cop; found: question, answer"):
+        load_rows("med", "test", path)
+    with pytest.raises(ValueError, match="sql_prompt is missing; needed are sql_prompt, sql_context, sql;"):
+        load_rows("sql", "test", path)
+
+
+def test_med_metrics_by_hand():
+    def scored(*choices):
+        return [Scored([-1.0, 0.0], 5, 6, list(choices))]
+    for text, choices, accuracy, among, lost in (
+            (" C", (-2, -3, -1, -4), 1, 1, False), (" B", (-2, -1, -3, -4), 0, 0, False),
+            (" The", (-5, -5, -4, -9), 0, 1, True), ("C", (-1, -2, -3, -4), 0, 0, True)):
+        assert data.med_metrics(MED, scored(*choices), text) == {
+            "accuracy": accuracy, "accuracy among A-D": among, "# no letter": lost}
+
+
+# --------------------------------------------------------------------------------------------------- sql task
+
+SQL = {"sql_prompt": "How many?", "sql_context": "CREATE TABLE t (a INT);", "sql": "SELECT COUNT(*) FROM t"}
+
+
+def test_sql_prompt():
+    assert data.sql_pair(SQL) == ("Write the SQL query that answers the question.\n\nQuestion: How many?\n"
+                                  "Tables: CREATE TABLE t (a INT);\nSQL:", " SELECT COUNT(*) FROM t")
+
+
+@pytest.mark.parametrize("task, row", [("fact", ROW), ("med", MED), ("sql", SQL)])
+def test_evaluation_asks_with_the_tokens_that_training_saw(small, task, row):
+    _, spec, t = small
+    task = data.TASKS[task]
+    trained, question = encode(t, *task.pair(row)), data.ask(t, task, row)
+    assert question.prompt == trained.ids[:trained.n_prompt]
+    assert question.prompt.count(t.bos_id) == (t.bos_id is not None)
+    assert all(e.ids[:e.n_prompt] == encode(t, p, "x").ids[:e.n_prompt]
+               for e, (p, _) in zip(question.examples, task.queries(row), strict=True))
+    if question.examples:
+        assert question.examples[0] == trained
+
+
 # -------------------------------------------------------------------------------------------------- fact task
 
 def test_fact_prompts():
@@ -593,16 +700,16 @@ def test_fact_prompts():
 
 
 def test_fact_metrics_by_hand():
-    def s(first, *logprobs, greedy=False):
-        return Scored(list(logprobs), [greedy] * len(logprobs), first)
+    def s(first, *logprobs):
+        return Scored(list(logprobs), first, 0, [])
     scored = [
-        s(5, -1, -1, 0, greedy=True), s(6, -2, 0),      # rewrite: new by the first token; mean -1 against -2
-        s(5, -1, -9, 0), s(6, -2, 0),                   # paraphrase: new by the first, true by the whole, -5
-        s(5, -3, 0), s(6, -2, 0),                       # paraphrase: true by both
-        s(5, -2.1, 0), s(5, -2, -1, 0, greedy=True)]    # neighbour: the same first token; true by the whole
-    assert data.fact_metrics(ROW, scored) == {
-        "accuracy": 1.0, "recalls true": 0.0, "ES": 1.0, "PS": 0.5, "NS": 0.0, "ES full": 1.0, "PS full": 0.0,
-        "NS full": 1.0}
+        s(5, -1, -1, 0), s(6, -2, 0),       # rewrite: new by the first token; mean -1 against -2
+        s(5, -1, -9, 0), s(6, -2, 0),       # paraphrase: new by the first, true by the whole, -5
+        s(5, -3, 0), s(6, -2, 0),           # paraphrase: true by both
+        s(5, -2.1, 0), s(5, -2, -1, 0)]     # neighbour: the same first token; true by the whole
+    want = {"ES": 1.0, "PS": 0.5, "NS": 0.0, "ES full": 1.0, "PS full": 0.0, "NS full": 1.0}
+    for text, accuracy, recalls in ((" Rome", 1.0, 0.0), (" Paris", 0.0, 1.0), (" Rome, Italy", 0.0, 0.0)):
+        assert data.fact_metrics(ROW, scored, text) == want | {"accuracy": accuracy, "recalls true": recalls}
 
 
 # -------------------------------------------------------------------------------------------------- toy world

@@ -420,7 +420,7 @@ def test_variable_length_attention_on_a_gpu_equals_the_masked_one(family, tmp_pa
         loss.backward()
         unfold(model)
         grads = [m.full.grad.float().cpu() for m in model.modules() if isinstance(m, MoLFLinear)]
-        new = model.generate([ids[:5].tolist(), ids[5:14].tolist()], 6)
+        new = model.generate([ids[:5].tolist(), ids[5:14].tolist()], 40, eos_ids=[96])
         results.append((loss.item(), torch.cat([g.flatten() for g in grads]), new))
     (want, g, new), low, high = results
     assert abs(high[0] - want) < 1e-3 and high[2] == new

@@ -1,5 +1,6 @@
 """train.py as its users run it, its loop against hand-made references, and what it says to bad input."""
 import argparse
+import csv
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -36,7 +38,7 @@ def main(*args):
 
 def toy_examples(n=8):
     tokenizer = Tokenizer.from_file(TOY)
-    rows, _ = data.load_rows("fact", toy=True, limit=n)
+    rows, _ = data.load_rows("fact", "train", "toy", limit=n)
     return tokenizer, [encode(tokenizer, *data.fact_pair(r), row=i) for i, r in enumerate(rows)]
 
 
@@ -50,11 +52,13 @@ def flags(**kwargs):
 @pytest.mark.parametrize("method, experts", [("fft", 1), ("lora", 1), ("molf", 2), ("molf-e", 2)])
 def test_a_run_of_each_method_learns_and_leaves_what_it_promises(method, experts, tmp_path):
     out = tmp_path / "run"
-    args = ("--method", method, "--limit", 32, "--epochs", 20, "--out", out, "--log-every", 5)
+    args = ("--method", method, "--limit", 32, "--epochs", 20, "--out", out, "--log-every", 5,
+            "--export-dtype", "fp32")
     result = run(*args)
     assert result.returncode == 0, result.stderr
     assert {f.name for f in out.iterdir()} == {"config.json", "log.jsonl", "routing.safetensors",
-                                               "results.json", "model"}
+                                               "results.json", "predictions.jsonl", "model"} | \
+        ({"adapter"} if method in ("lora", "molf-e") else set())
     config, results = (json.loads((out / f).read_text()) for f in ("config.json", "results.json"))
     assert config["flags"]["method"] == method and config["steps"] == 20
     assert config["torch"] == torch.__version__
@@ -99,7 +103,8 @@ def test_the_rest_trains_or_is_frozen(tmp_path):
     for method in ("molf", "lora"):
         for rest in ("train", "freeze"):
             out = tmp_path / f"{method}-{rest}"
-            main("--method", method, "--rest", rest, "--limit", 8, "--epochs", 1, "--out", out)
+            main("--method", method, "--rest", rest, "--limit", 8, "--epochs", 1, "--out", out,
+                 "--export-dtype", "fp32")
             end = load_file(out / "model" / "model.safetensors")
             for name in ("embed_tokens.weight", "norm.weight", "layers.0.self_attn.q_proj.bias"):
                 name = f"model.{name}"
@@ -109,7 +114,7 @@ def test_the_rest_trains_or_is_frozen(tmp_path):
 def test_dry_run_counts_without_loading_weights(tmp_path):
     shutil.copytree(TOY, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
     rows = tmp_path / "rows.json"
-    rows.write_text(json.dumps(data.load_rows("fact", toy=True)[0]))
+    rows.write_text(json.dumps(data.load_rows("fact", "train", "toy")[0]))
     result = run("--model", tmp_path / "bare", "--data", rows, "--dry-run", "--ranks", 16, "--out",
                  tmp_path / "out")
     assert result.returncode == 0, result.stderr
@@ -123,11 +128,134 @@ def test_dry_run_counts_without_loading_weights(tmp_path):
 
 
 def test_prompt_is_continued_from_the_command_line():
-    row = data.load_rows("fact", toy=True)[0][0]
+    row = data.load_rows("fact", "train", "toy")[0][0]
     prompt, true = data.fact_pair(row)[0], row["requested_rewrite"]["target_true"]["str"]
     command = [sys.executable, ROOT / "model.py", "toy", prompt]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.stdout.strip() == f"{prompt} {true}"
+
+
+@pytest.mark.parametrize("task, better", [("med", "accuracy"), ("sql", "execution")])
+def test_med_and_sql_learn_and_a_run_evaluated_again_is_the_same(task, better, tmp_path, capsys):
+    out = tmp_path / "run"
+    main("--task", task, "--limit", 96, "--epochs", 3, "--eval-limit", 40, "--eval-every", 4, "--out", out,
+         "--export-dtype", "fp32", "--lr", 5e-4)
+    printed = capsys.readouterr().out
+    results = json.loads((out / "results.json").read_text())
+    assert results["before"][better]["n"] == results["after"][better]["n"] == 40
+    assert results["before"][better]["value"] > 0.4         # chance is a quarter for med, nothing for sql
+    assert results["after"]["# not UTF-8"] == 0
+    predictions = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    rows, _ = data.load_rows(task, "test", "toy", limit=40)
+    assert [(p["prompt"], p["reference"]) for p in predictions] == [data.TASKS[task].pair(r) for r in rows]
+    right = [p["verdict"][better] for p in predictions]
+    assert sum(right) / len(right) == results["after"][better]["value"]
+    assert all(p["verdict"][better] == 1 for p in predictions if p["prediction"] == p["reference"])
+    assert printed.count("prediction ") == 3 + 2            # three at the end, one at each look on the way
+    assert repr(predictions[0]["prediction"]) in printed
+
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    looks = [r for r in log if "held_out" in r]
+    assert [r["step"] for r in looks] == [4, 8] and looks[0]["held_out"][better]["n"] == 9
+    steps = [r["loss"] for r in log if "grad_norm" in r]
+    assert steps[-1] < 0.9 * steps[0] and 0 < looks[1]["loss"] < 1.5 * steps[0]
+    assert json.loads((out / "config.json").read_text())["rows"] == 96 - 9
+
+    main("--eval-only", out, "--out", tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "results.json").read_text())
+    assert {k: v for k, v in again["after"].items() if k != "seconds"} == \
+        {k: v for k, v in results["after"].items() if k != "seconds"}
+    assert (tmp_path / "again" / "predictions.jsonl").read_text() == (out / "predictions.jsonl").read_text()
+    with open(tmp_path / "results.csv") as f:
+        first, second = csv.DictReader(f)
+    assert first["run"] == "run" and second["run"] == "again" and second["method"] == "evaluation"
+    assert first[better] == second[better] == str(results["after"][better]["value"]) and first["ES"] == ""
+
+
+def test_held_out_rows_do_not_train_but_facts_do():
+    tokenizer = Tokenizer.from_file(TOY)
+    for task, n in (("med", 600), ("fact", 320)):
+        rows = train.read_data(flags(task=task, eval_every=5), tokenizer)
+        held = {example.row for example, _ in rows.held_out}
+        assert len(held) == n // 10 and len(rows.examples) == (n - len(held) if task == "med" else n)
+        assert bool(held & {e.row for e in rows.examples}) == (task == "fact")
+        assert all(q.prompt == e.ids[:e.n_prompt] for e, q in rows.held_out)
+
+
+@pytest.mark.parametrize("method", ["lora", "molf-e"])
+def test_the_adapter_is_in_peft_the_model_that_was_trained(method, tmp_path):
+    main("--method", method, "--limit", 16, "--epochs", 3, "--lr", 5e-3, "--lora-lr", 5e-3, "--out", tmp_path,
+         "--export-dtype", "fp32")
+    base = AutoModelForCausalLM.from_pretrained(TOY, dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    ours, start = (Transformer.from_pretrained(p, torch.float32) for p in (tmp_path / "model", TOY))
+    ids = torch.arange(3, 43)[None]
+    with torch.no_grad():
+        want = theirs(ids).logits
+        assert (ours(ids) - want).abs().max() < 1e-4 < 0.1 < (start(ids) - want).abs().max()
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    rank = {"lora": 16, "molf-e": 20}[method]
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (rank, rank, False)
+    assert config["base_model_name_or_path"] == str(TOY)
+
+
+@pytest.mark.parametrize("dtype, stored", [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_the_dtype_of_the_export(dtype, stored, tmp_path):
+    main("--limit", 8, "--epochs", 1, "--out", tmp_path, "--export-dtype", dtype)
+    assert {t.dtype for t in load_file(tmp_path / "model" / "model.safetensors").values()} == {stored}
+    trained, exported = json.loads((tmp_path / "results.json").read_text())["loss"].values()
+    assert (trained == exported) == (dtype == "fp32") and trained == pytest.approx(exported, rel=0.1)
+
+
+# ------------------------------------------------------------------------------------------------- evaluation
+
+def test_continuations_do_not_depend_on_how_they_are_batched():
+    tokenizer = Tokenizer.from_file(TOY)
+    rows, _ = data.load_rows("sql", "test", "toy", limit=12)
+    prompts = [data.encode_prompt(tokenizer, data.sql_pair(r)[0]) for r in rows] + [tokenizer.encode("Tamo")]
+    model = Transformer.from_pretrained("toy", torch.float32)
+    alone = [model.generate([p], 24, tokenizer.eos_ids)[0] for p in prompts]
+    assert train.continue_all(model, prompts, 24, tokenizer.eos_ids, 10 ** 6) == alone
+    batches, generate = [], model.generate
+    model.generate = lambda ps, *args: batches.append([len(p) for p in ps]) or generate(ps, *args)
+    assert train.continue_all(model, prompts, 24, tokenizer.eos_ids, 600) == alone
+    assert sum(batches, []) == sorted(map(len, prompts), reverse=True) and len(batches) > 3
+    assert all(len(b) * (b[0] + 24) <= 600 for b in batches if len(b) > 1)
+
+
+def test_a_model_that_never_stops_and_one_that_writes_no_text_are_counted(monkeypatch):
+    tokenizer = Tokenizer.from_file(TOY)
+    rows, _ = data.load_rows("sql", "test", "toy", limit=4)
+    questions = [data.ask(tokenizer, data.TASKS["sql"], r) for r in rows]
+    right = tokenizer.encode(data.sql_pair(rows[0])[1])
+    half = next(i for i, b in tokenizer.bytes.items() if b == b"\xf0")
+    eos = tokenizer.eos_id
+    new = iter([right + [eos], right + [eos], [half, eos], [right[0]] * 256])
+    model = Transformer.from_pretrained("toy", torch.float32)
+    monkeypatch.setattr(train, "continue_all", lambda model, prompts, *args: [next(new) for _ in prompts])
+    metrics, predictions = train.evaluate(model, tokenizer, data.TASKS["sql"], questions, 1000)
+    assert metrics["# not stopped"] == 1 and metrics["# not UTF-8"] == 1 and metrics["# child killed"] == 0
+    assert metrics["exact match"]["value"] == 0.25 and predictions[0]["verdict"]["execution"] == 1
+    assert predictions[2]["prediction"] == "\ufffd" and len(predictions[3]["prediction"]) > 256
+    assert "syntax error" in predictions[2]["verdict"]["error"]
+
+
+def test_rows_that_cannot_be_encoded_or_answered_are_counted(tmp_path, capsys):
+    shutil.copytree(TOY, tmp_path / "m")
+    spec = json.loads((TOY / "tokenizer.json").read_text())
+    del spec["model"]["vocab"]["\u0103"]                       # byte 3, as in SmolLM2's vocabulary
+    (tmp_path / "m" / "tokenizer.json").write_text(json.dumps(spec))
+    rows, _ = data.load_rows("med", "train", "toy", limit=8)
+    rows[1]["question"] += "\x03"
+    rows[2]["cop"] = None
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    main("--model", tmp_path / "m", "--task", "med", "--data", path, "--eval-data", path, "--epochs", 1,
+         "--ranks", 4, "--out", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["skipped"] == {
+        "training rows that the tokenizer cannot encode": 1, "training rows without an answer": 1,
+        "evaluation rows that the tokenizer cannot encode": 1, "evaluation rows without an answer": 1}
+    assert "training row 1 is skipped: " in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------- the loop
@@ -179,13 +307,14 @@ def test_warm_up_then_cosine_to_zero():
 def test_scores_of_targets_do_not_depend_on_packing():
     _, examples = toy_examples(6)
     model = Transformer.from_pretrained("toy", torch.float32)
-    together, alone = train.score_targets(model, examples), train.score_targets(model, examples, max_tokens=1)
+    together = train.score_targets(model, examples, choices=(5, 700))
+    alone = train.score_targets(model, examples, max_tokens=1)
     for e, x, y in zip(examples, together, alone):
         logp = model(torch.tensor([e.ids]))[0, e.n_prompt - 1:-1].log_softmax(-1)
         want = logp.gather(1, torch.tensor(e.ids[e.n_prompt:])[:, None])[:, 0].tolist()
         assert x.logprobs == pytest.approx(want, abs=1e-4) and y.logprobs == pytest.approx(want, abs=1e-4)
-        assert x.greedy == [i == j for i, j in zip(logp.argmax(1).tolist(), e.ids[e.n_prompt:])]
-        assert x.first == e.ids[e.n_prompt]
+        assert x.greedy == logp[0].argmax() and x.first == e.ids[e.n_prompt]
+        assert x.choices == pytest.approx(logp[0, [5, 700]].tolist(), abs=1e-4)
 
 
 def test_bootstrap_interval_of_a_coin():
@@ -224,7 +353,8 @@ def test_bytes_of_a_run_are_counted_as_they_are():
     (["--method", "fft", "--ranks", "4"], "no LoRA expert"),
     (["--score", "best"], "invalid choice: 'best'"), (["--learning-rate", "1"], "unrecognized arguments"),
     (["--epochs", "0"], "--epochs must be at least 1"), (["--device", "gpu"], "--device gpu: "),
-    (["--dtype", "float16"], "invalid choice: 'float16'")])
+    (["--dtype", "float16"], "invalid choice: 'float16'"),
+    (["--task", "med", "--data", "rows.jsonl"], "--data rows.jsonl wants --eval-data FILE")])
 def test_wrong_usage_is_exit_code_2(args, message, capsys):
     with pytest.raises(SystemExit) as e:
         train.main(args)
@@ -245,6 +375,8 @@ def broken(tmp_path, file, change):
      "Metaspace is not supported"),
     (lambda t: ["--model", "nobody/nothing"], "HF_TOKEN"),
     (lambda t: ["--data", t / "none.jsonl"], "no file"),
+    (lambda t: ["--eval-only", t / "nowhere"], "no directory"),
+    (lambda t: (t / "results.csv").write_text("a,b\n") and [], "results.csv has other columns"),
     (lambda t: ["--max-length", "3"], "no training row is left")])
 def test_bad_input_is_one_clear_line_and_exit_code_1(make, message, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -258,7 +390,7 @@ def test_long_sequences_are_skipped_and_counted(capsys):
     main("--max-length", 8, "--dry-run")
     tokenizer, examples = toy_examples(320)
     n = sum(len(e.ids) > 8 for e in examples)
-    assert 0 < n < 320 and f"skipped {n} of 320 training rows" in capsys.readouterr().out
+    assert 0 < n < 320 and f"skipped {n} training rows longer than --max-length 8" in capsys.readouterr().out
 
 
 def test_after_a_loss_that_is_not_finite_nothing_moves(monkeypatch):
@@ -316,8 +448,9 @@ def test_close_answers_of_a_bf16_model_do_not_tie():
         model.head[5, :2] = torch.tensor([1.25, 0.0])                       # 20.0
         model.head[6, :2] = torch.tensor([1.25, 0.40])                      # 20.05
         assert model.logits(hidden)[0, 5] == model.logits(hidden)[0, 6]
-    a, b = train.score_targets(model, [data.Example([3, t], 1, 0) for t in (5, 6)])
+    a, b = train.score_targets(model, [data.Example([3, t], 1, 0) for t in (5, 6)], choices=(5, 6))
     assert b.logprobs[0] - a.logprobs[0] == pytest.approx(0.05, abs=1e-3)
+    assert a.choices == b.choices == [a.logprobs[0], b.logprobs[0]]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

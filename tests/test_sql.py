@@ -1,0 +1,478 @@
+"""The SQL sandbox: what counts as the same, hostile statements, and a child process that dies."""
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import data
+from data import exact_match, execute_pairs, is_ordered, sql_metrics, sql_statements, unfence
+
+CONTEXT = """CREATE TABLE t (id INT, name TEXT, x REAL);
+INSERT INTO t VALUES (1, 'a', 0.1), (2, 'b; c', 0.2), (3, 'it''s', NULL), (3, 'it''s', NULL);
+CREATE TABLE none (a INT);"""
+GOOD = CONTEXT, "SELECT id FROM t", "SELECT id FROM t"
+
+
+def judge(reference, prediction, context=CONTEXT):
+    return list(data.judge_sql(context, reference, prediction))[-1]
+
+
+# ----------------------------------------------------------------------------------------------- what matches
+
+SAME = [
+    ("SELECT id FROM t", "SELECT T.id AS other FROM t AS T"),               # column names do not count
+    ("SELECT id FROM t", "SELECT id FROM t ORDER BY id DESC"),              # the reference has no order
+    ("SELECT id FROM t ORDER BY id", "SELECT id FROM (SELECT id FROM t ORDER BY id DESC) ORDER BY 1"),
+    ("SELECT id FROM (SELECT id FROM t ORDER BY id DESC)", "SELECT id FROM t ORDER BY id"),
+    ("SELECT rank() OVER (ORDER BY id) FROM t WHERE id < 3", "SELECT id FROM t WHERE id < 3 ORDER BY -id"),
+    ("SELECT x FROM t", "SELECT x FROM t ORDER BY x DESC"),                 # NULLs among the rows
+    ("SELECT NULL", "SELECT x FROM t WHERE id = 3 LIMIT 1"),
+    ("SELECT 1", "SELECT 1.0"),
+    ("SELECT 1 UNION ALL SELECT 1234567891", "SELECT 1234567891.0 UNION ALL SELECT 1.0"),
+    ("SELECT sum(id) FROM t", "SELECT total(id) FROM t"),
+    ("SELECT 0.3", "SELECT 0.1 + 0.2"),
+    ("SELECT 0", "SELECT 1e-17"),
+    ("SELECT 1e300 * 1e300", "SELECT 9e999"),
+    ("SELECT 0.3, 'a' UNION ALL SELECT 0.1 + 0.2, 'b'", "SELECT 0.3, 'b' UNION ALL SELECT 0.1 + 0.2, 'a'"),
+    ("SELECT 9007199254740993", "SELECT 9007199254740992 + 1"),
+    ("SELECT max(id) FROM t", "WITH m AS (SELECT max(id) AS v FROM t) SELECT v FROM m"),
+    ("SELECT 'b; c'", "SELECT name FROM t WHERE id = (SELECT max(id) FROM t WHERE id < 3)"),
+    ("SELECT 1 UNION SELECT 2", "SELECT id FROM t WHERE id < 3"),
+    ("SELECT 'axc'", "SELECT REPLACE('abc', 'b', 'x')"),
+    ("SELECT id FROM t", "SELECT id FROM t; -- and that is all"),
+    ("SELECT id FROM t", "/* q: */ SELECT id FROM t /* open"),
+    ("SELECT id FROM t", ";;SELECT 5;\nSELECT id FROM t;;"),                # the last result counts
+    ("SELECT id FROM t", "```sql\nSELECT id FROM t\n```"),
+    ("SELECT id FROM t", " ```\nSELECT id FROM t;```\n"),
+    ("SELECT count(*) FROM t WHERE name = \"it's\"", "SELECT 2"),           # SQLite reads it as a string
+    ("SELECT '\u00e9\U0001f600'", "SELECT '\u00e9' || char(128512)"),
+    ("SELECT x'ff'", "SELECT X'FF'"),
+    ("DELETE FROM t WHERE id = 1", "DELETE FROM t WHERE name = 'a'"),
+    ("INSERT INTO none VALUES (1), (2)", "INSERT INTO none VALUES (2); INSERT INTO none VALUES (1);"),
+    ("UPDATE t SET x = 0 WHERE x IS NULL", "UPDATE t SET x = coalesce(x, 0)"),
+    ("CREATE TABLE u (a INT)", "create table U (A TEXT)"),
+    ("DROP TABLE none", "DROP TABLE IF EXISTS none;"),
+    ("CREATE VIEW v AS SELECT id FROM t", "CREATE VIEW v AS SELECT DISTINCT id FROM t UNION ALL SELECT 3"),
+    ("SELECT id FROM t", "ANALYZE; SELECT id FROM t"),                      # SQLite's own do not count
+    ("ALTER TABLE t ADD COLUMN y INT DEFAULT 3", "ALTER TABLE t ADD y DEFAULT 3.0"),
+    ("CREATE INDEX i ON t (id)", "create index i  on t(id);"),
+    ("CREATE TRIGGER g AFTER DELETE ON t BEGIN INSERT INTO none SELECT 1; SELECT ';'; END; DELETE FROM t",
+     "create trigger g AFTER DELETE ON t\nBEGIN INSERT INTO none SELECT 1; SELECT ';'; END;DELETE FROM t;"),
+    ("BEGIN; DELETE FROM t; ROLLBACK; DELETE FROM t WHERE id = 1", "DELETE FROM t WHERE id = 1"),
+    ("DELETE FROM t WHERE id = 1 RETURNING name", "DELETE FROM t WHERE id = 1; SELECT 'a'"),
+]
+DIFFERENT = [
+    ("SELECT id FROM t", "SELECT DISTINCT id FROM t"),                      # duplicates count
+    ("SELECT id FROM t ORDER BY id", "SELECT id FROM t ORDER BY id DESC"),
+    ("SELECT 2 UNION ALL SELECT 1 ORDER BY 1", "SELECT 2 UNION ALL SELECT 1"),
+    ("SELECT 1", "SELECT '1'"),
+    ("SELECT NULL", "SELECT 0"),
+    ("SELECT NULL", "SELECT ''"),
+    ("SELECT 'a'", "SELECT x'61'"),
+    ("SELECT 'a'", "SELECT 'A'"),
+    ("SELECT 'a'", "SELECT 'a '"),
+    ("SELECT 0.3", "SELECT 0.3001"),
+    ("SELECT 1000000001", "SELECT 1000000002"),
+    ("SELECT 9007199254740993", "SELECT 9007199254740992"),
+    ("SELECT id, name FROM t", "SELECT name, id FROM t"),
+    ("SELECT id FROM t", "SELECT id, id FROM t"),
+    ("SELECT id FROM t WHERE id > 9", "SELECT id, name FROM t WHERE id > 9"),   # even no rows have a width
+    ("SELECT id FROM t WHERE id > 9", "SELECT id FROM t"),
+    ("SELECT id FROM t", "SELECT id FROM t WHERE id > 9"),
+    ("DELETE FROM t WHERE id = 1", "DELETE FROM t WHERE id = 2"),
+    ("DELETE FROM t WHERE id = 1", "SELECT * FROM t"),
+    ("SELECT id FROM t", "DELETE FROM t"),
+    ("SELECT id FROM t", "SELECT id FROM t; DELETE FROM t"),
+    ("SELECT id FROM t WHERE id > 9", "DELETE FROM t WHERE id > 9"),        # a result of no rows is one
+    ("SELECT 3", "CREATE TEMP TABLE s AS SELECT 3 AS a; SELECT a FROM s"),  # a temporary table stays
+    ("CREATE TABLE u (a INT)", "CREATE TABLE u (b INT)"),
+    ("CREATE TABLE u (a INT)", "CREATE VIEW u AS SELECT 1 AS a"),
+    ("CREATE INDEX i ON t (id)", "CREATE INDEX i ON t (name)"),
+    ("CREATE INDEX i ON t (id)", "DELETE FROM none"),
+    ("DROP TABLE none", "DELETE FROM none"),
+    ("ALTER TABLE t RENAME TO u", "ALTER TABLE t RENAME TO v"),
+]
+INVALID = [
+    "SELECT id FROM t\nThis query returns all ids.",
+    "SELECT id FROM t; This returns the ids.",
+    "Here it is: SELECT id FROM t",
+    "Here:\n```sql\nSELECT id FROM t\n```",
+    "```sql\nSELECT id FROM t\n```\nThat is all.",
+    "```sql\nSELECT id FROM t\n```\n```sql\nSELECT id FROM t\n```",
+    "```sql\nSELECT id FROM t",
+    "SELECT id FROM t\n```",
+    "SELECT id FROM t WHERE x=(SELECT MAX(x) FROM t",
+    "SELECT id FROM t WHERE name = 'a",
+    "SELECT id FROM t)",
+    "", " \n", ";", "-- nothing", "``````", "```sql\n```",
+    "SELECT id FROM nowhere",
+    "SELECT id FROM t; SELECT nothing FROM t",
+    "SELECT id FROM t;SELEC",
+    "SELECT id FROM t\0", "SELECT '\0'", "SELECT '\ud800'", "\udcff",
+    "SELECT ?", "SELECT :name",
+    "SELECT CAST(x'ff' AS TEXT)",                                           # text that is no UTF-8
+    "CREATE VIEW v AS SELECT * FROM gone",
+]
+
+
+@pytest.mark.parametrize("reference, prediction", SAME)
+def test_same(reference, prediction):
+    verdict = judge(reference, prediction)
+    assert verdict["ref_ok"] and verdict["valid"] and verdict["match"] and verdict["error"] is None
+    assert not verdict["ref_empty"] and not verdict["both_empty"]
+
+
+@pytest.mark.parametrize("reference, prediction", DIFFERENT)
+def test_different(reference, prediction):
+    verdict = judge(reference, prediction)
+    assert verdict["ref_ok"] and verdict["valid"] and not verdict["match"] and verdict["error"] is None
+
+
+def test_invalid_predictions_are_verdicts():
+    verdicts = execute_pairs([(CONTEXT, "SELECT id FROM t", p) for p in INVALID])
+    for prediction, verdict in zip(INVALID, verdicts):
+        assert verdict["ref_ok"] and not verdict["valid"] and not verdict["match"], prediction
+        assert verdict["error"] and "killed" not in verdict["error"], prediction
+
+
+@pytest.mark.parametrize("reference, prediction", [
+    ("SELECT id FROM t WHERE id > 9", "SELECT a FROM none"),
+    ("DELETE FROM t WHERE id > 9", "UPDATE t SET id = id")])
+def test_both_empty(reference, prediction):
+    verdict = judge(reference, prediction)
+    assert verdict["match"] and verdict["ref_empty"] and verdict["both_empty"]
+
+
+def test_failing_reference_and_context():
+    verdict = judge("SELECT YEAR(x) FROM t", "SELECT 1")
+    assert not verdict["ref_ok"] and verdict["valid"] and not verdict["match"]
+    assert verdict["error"] == "reference: no such function: YEAR"
+    verdict = judge("SELECT 1", "SELECT 1", context="CREATE TABLE t (id INT); INSERT INTO u VALUES (1);")
+    assert not verdict["ref_ok"] and not verdict["valid"] and not verdict["match"]
+    assert verdict["error"] == "context: no such table: u"
+
+
+@pytest.mark.parametrize("statement, answer", [
+    ("SELECT a FROM t order  /* ; */ by a", True),
+    ("SELECT a FROM t UNION SELECT 1 ORDER\nBY 1 LIMIT 3", True),
+    ("WITH c AS (SELECT 1 ORDER BY 1) SELECT * FROM c ORDER BY 1", True),
+    ("SELECT ')' FROM t ORDER BY a", True),
+    ("SELECT \"(\", [)(], `(` FROM t -- (\nORDER BY a", True),
+    ("WITH c AS (SELECT 1 ORDER BY 1) SELECT * FROM c", False),
+    ("SELECT sum(a) OVER (ORDER BY a) FROM t", False),
+    ("SELECT a FROM t WINDOW w AS (PARTITION BY b ORDER BY a)", False),
+    ("SELECT a FROM t WHERE b IN (SELECT b FROM u ORDER BY c LIMIT 1)", False),
+    ("SELECT 'ORDER BY a' FROM t", False),
+    ("SELECT a FROM t -- ORDER BY a", False),
+    ("SELECT a FROM t /* ORDER BY a */", False),
+    ("SELECT \"order\" by", False)])
+def test_is_ordered(statement, answer):
+    assert is_ordered(statement) is answer
+
+
+def test_statements():
+    trigger = "CREATE TEMP TRIGGER g DELETE ON t BEGIN DELETE FROM t; SELECT CASE a WHEN 1 THEN 2 END; END;"
+    parts = ["SELECT ';' AS \"a;b\";", " -- one; two\nSELECT 2 /* ; */;", trigger, " SELECT [;]"]
+    assert sql_statements("".join(parts)) == parts
+
+
+def test_unfence():
+    assert unfence("```SQL\na\n```").strip() == "a" and unfence("```\na```") == "a"
+    for kept in ("x```sql\na\n```", "```sql\na\n``` x", "```\na\n```\n```\nb\n```", "SELECT '```'",
+                 "```SELECT 1```"):
+        assert unfence(kept) == kept
+
+
+def test_exact_match():
+    assert exact_match("SELECT  Count(*) FROM T ;", "select count( * )\nfrom t -- all")
+    assert not exact_match("SELECT 'A'", "SELECT 'a'") and not exact_match("SELECT a", "SELECT a, b")
+
+
+def test_metrics():
+    made = [  # reference, prediction, complexity
+        ("SELECT 1", "select  1;", "basic SQL"),                                        # right, and exact
+        ("SELECT 1", "SELECT 2", "basic SQL"),                                          # wrong
+        ("SELECT 1", "SELECT", "aggregation"),                                          # invalid
+        ("SELECT id FROM t WHERE 0", "SELECT id FROM t WHERE 1 = 2", "aggregation"),    # empty and empty
+        ("SELECT id FROM t WHERE 0", "SELECT id FROM t", "aggregation"),                # an empty reference
+        ("SELECT NOW()", "SELECT NOW()", "window functions")]                           # a failing one
+    rows = [{"sql": sql, "sql_context": CONTEXT, "sql_complexity": kind} for sql, _, kind in made]
+    rows[1]["database"] = rows[2]["database"] = "CREATE TABLE t (id INT)"
+    got = list(sql_metrics(rows, None, [prediction for _, prediction, _ in made]))
+    values = {name: [m[name] for m in got if name in m] for m in got for name in m}
+    assert values == {
+        "execution": [1, 0, 0, 1, 0], "execution, not empty": [1, 0, 0], "valid SQL": [1, 1, 0, 1, 1],
+        "exact match": [1, 0, 0, 0, 0, 1],
+        "execution: basic SQL": [1, 0], "execution: aggregation": [0, 1, 0],
+        "execution on the database": [0, 0], "# reference fails on the database": [False, False],
+        "# reference fails": [False] * 5 + [True], "# both empty": [False] * 3 + [True, False, False],
+        "# child killed": [False] * 6,
+        "error": ["", "", "incomplete input", "", "", "reference: no such function: NOW"]}
+    assert execute_pairs([]) == [] and list(sql_metrics([], None, [])) == []
+
+
+def test_the_larger_database_tells_apart_what_a_small_one_does_not():
+    rows = [dict(sql="SELECT max(a) FROM u", sql_context="CREATE TABLE u (a INT); INSERT INTO u VALUES (1);",
+                 database="CREATE TABLE u (a INT); INSERT INTO u VALUES (1), (2);"),
+            dict(sql="SELECT b FROM u", sql_context="CREATE TABLE u (b INT)", database="CREATE TABLE u (a)")]
+    first, second = sql_metrics(rows, None, ["SELECT a FROM u LIMIT 1", "SELECT b FROM u"])
+    assert first["execution"] == 1 and first["execution on the database"] == 0
+    assert second["# reference fails on the database"] and "execution on the database" not in second
+
+
+# ------------------------------------------------------------------------------------------------ hostile SQL
+
+SECRET = "the-secret-4711"
+ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) "
+DOUBLING = "WITH RECURSIVE n(i) AS (SELECT 'a' UNION ALL SELECT i || i FROM n) "
+MILLION = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 1000000) "
+VIEWS = "".join(f"CREATE VIEW v{i + 1} AS SELECT x.a FROM v{i} AS x, v{i} AS y;" for i in range(40))
+LONG = "printf('%.*c', 5000000, 'a')"
+HANG = "SELECT " + "+".join(["instr(zeroblob(9000000), zeroblob(4000000) || x'01')"] * 30)   # long steps
+
+ATTACKS = {     # {file}: a path that must stay absent, {secret}: a file that must not be read
+    # the file system
+    "attach": "ATTACH DATABASE '{file}' AS f; CREATE TABLE f.x (a); SELECT 1",
+    "attach uri": "ATTACH 'file:{file}?mode=rwc' AS f",
+    "attach secret": "ATTACH '{secret}' AS f; SELECT * FROM f.sqlite_master",
+    "attach memory": "ATTACH ':memory:' AS f",
+    "attach in pieces": "SELECT 1; /* ; */ AT/**/TACH '{file}' AS f",
+    "attach in comments": "SELECT 1;--\nATTACH/**/'{file}'/**/AS/**/f",
+    "attach after comment": "SELECT 1 /*; */; ATTACH '{file}' AS f; /* ",
+    "attach after trigger": "SELECT 'CREATE TRIGGER x BEGIN;'; ATTACH '{file}' AS f",
+    "attach in fence": "```sql\nATTACH '{file}' AS f\n```",
+    "detach": "DETACH main",
+    "vacuum": "VACUUM",
+    "vacuum into": "VACUUM INTO '{file}'",
+    "vacuum main into": "VACUUM main INTO 'file:{file}'",
+    "readfile": "SELECT readfile('{secret}')",
+    "writefile": "SELECT writefile('{file}', 'x')",
+    "edit": "SELECT edit('x', 'sh -c \"touch {file}\"')",
+    "load_extension": "SELECT load_extension('{secret}')",
+    "load_extension entry": "SELECT load_extension('libc.so.6', 'system')",
+    "csv": "CREATE VIRTUAL TABLE temp.c USING csv(filename='{secret}'); SELECT * FROM c",
+    "fsdir": "SELECT * FROM fsdir('.')",
+    "zipfile": "SELECT * FROM zipfile('{secret}')",
+    "fts5": "CREATE VIRTUAL TABLE f USING fts5(a)",
+    "rtree": "CREATE VIRTUAL TABLE r USING rtree(id, a, b)",
+    "fts3_tokenizer": "SELECT fts3_tokenizer('x', x'4141414141414141')",
+    "fts3_tokenizer quoted": "SELECT \"FTS3_Tokenizer\"('simple')",
+    "view function": "CREATE VIEW v AS SELECT load_extension('{secret}') AS a; SELECT a FROM v",
+    "trigger function": "CREATE TRIGGER g AFTER INSERT ON none BEGIN SELECT load_extension('{secret}'); END;"
+                        "INSERT INTO none VALUES (1)",
+    "temp store": "PRAGMA temp_store_directory = '.'",
+    # the settings and the schema
+    "writable_schema": "PRAGMA writable_schema = ON; UPDATE sqlite_master SET sql = 'x'",
+    "heap limit": "PRAGMA hard_heap_limit = 0",
+    "pragma quoted": "PRAGMA main.'journal_mode' = WAL",
+    "pragma table": "SELECT * FROM pragma_database_list",
+    "pragma explained": "EXPLAIN PRAGMA journal_mode = WAL",
+    "pragma in trigger": "CREATE TRIGGER g AFTER INSERT ON t BEGIN PRAGMA writable_schema = 1; END",
+    "schema insert": "INSERT INTO sqlite_master VALUES ('table', 'x', 'x', 2, 'CREATE TABLE x (a)')",
+    "schema delete": "DELETE FROM sqlite_master",
+    "schema drop": "DROP TABLE sqlite_master",
+    "schema alter": "ALTER TABLE sqlite_master RENAME TO x",
+    "schema shadow": "CREATE TEMP TABLE sqlite_temp_master (a)",
+    # time
+    "endless": ENDLESS + "SELECT count(*) FROM n",
+    "endless rows": ENDLESS + "SELECT i FROM n",
+    "endless insert": ENDLESS + "INSERT INTO t (id) SELECT i FROM n",
+    "endless view": "CREATE VIEW v AS " + ENDLESS + "SELECT count(*) AS a FROM n",      # met when we look
+    "cartesian": MILLION + "SELECT count(*) FROM n a, n b, n c",
+    "cartesian rows": MILLION + "SELECT * FROM n a, n b",
+    "trigger loop": "CREATE TRIGGER g AFTER INSERT ON t BEGIN INSERT INTO t SELECT a.* FROM t a, t b; END;"
+                    "INSERT INTO t SELECT * FROM t",
+    "like": f"SELECT {LONG} LIKE '%' || printf('%.*c', 40000, 'a') || 'b'",
+    "glob": f"SELECT {LONG} GLOB '*' || printf('%.*c', 40000, 'a') || 'b'",
+    "long like": "SELECT 'a' LIKE printf('%.*c', 60000, '%')",
+    "instr": HANG,
+    "sort": MILLION + "SELECT count(*) FROM (SELECT hex(randomblob(99)) h FROM n ORDER BY h)",
+    "doubling views": "CREATE VIEW v0 AS SELECT 1 AS a;" + VIEWS + "SELECT * FROM v40",
+    "semicolons": ";" * 300_000,
+    "open trigger": "CREATE TRIGGER g BEGIN " + ";" * 100_000,
+    # memory and size
+    "randomblob": "SELECT randomblob(1000000000)",
+    "zeroblob": "SELECT zeroblob(999999999)",
+    "hex": "SELECT length(hex(zeroblob(500000000)))",
+    "printf": "SELECT printf('%.*c', 1000000000, 'x')",
+    "printf width": "SELECT printf('%1000000000d', 1)",
+    "group_concat": MILLION + "SELECT group_concat(hex(zeroblob(9999))) FROM n",
+    "replace": "SELECT " + "replace(" * 12 + "'a'" + ", 'a', 'aaaaaaaaaa')" * 12,
+    "concat": DOUBLING + "SELECT length(i) FROM n",
+    "json group": MILLION + "SELECT length(json_group_array(hex(zeroblob(99)))) FROM n",
+    "json depth": "SELECT json('" + "[" * 100_000 + "]" * 100_000 + "')",
+    "json tree": "WITH j(a) AS (SELECT '[" + ",".join(["[1,2,3]"] * 2000) + "]') "
+                 "SELECT count(*) FROM j, json_tree(j.a) a, json_tree(j.a) b",
+    "many rows": MILLION.replace("1000000", "10001") + "SELECT i FROM n",
+    "big rows": MILLION + "SELECT zeroblob(1000) FROM n",
+    "big table": "CREATE TABLE w AS SELECT " + ",".join(f"zeroblob(900000) AS c{i}" for i in range(90)),
+    "columns": "SELECT " + ",".join(["1"] * 3000),
+    "10 MB string": "SELECT '" + "x" * 10_000_000 + "'",
+    "10 MB open string": "SELECT '" + "x" * 10_000_000,
+    "open parentheses": "SELECT " + "(" * 1_000_000,
+    "not": "SELECT " + "NOT " * 100_000 + "1",
+    "minus": "SELECT " + "- " * 100_000 + "1",
+    "sum": "SELECT 1" + "+1" * 100_000,
+    "subqueries": "SELECT " + "(SELECT " * 3000 + "1" + ")" * 3000,
+    "unions": "SELECT 1" + " UNION SELECT 1" * 3000,
+    "joins": "SELECT 1 FROM t t0" + "".join(f", t t{i}" for i in range(1, 100)),
+    "cases": "SELECT " + "CASE WHEN 1 THEN " * 3000 + "1" + " END" * 3000,
+    "quine": "WITH q(a) AS (SELECT replace(replace('x', 'x', a), 'y', a) FROM q) SELECT * FROM q",
+    "nul": "SELECT 1\0; ATTACH '{file}' AS f",
+    "surrogate": "SELECT '\udc80'; ATTACH '{file}' AS f",
+}
+HARMLESS = {    # these run, but reach nothing beyond their own database
+    "analyze": "ANALYZE; REINDEX; SELECT 1",
+    "savepoint": "SAVEPOINT a; DELETE FROM t",
+    "transaction": "BEGIN EXCLUSIVE; DELETE FROM t",
+    "drop": "DROP TABLE t; DROP TABLE none",
+    "schema": "SELECT * FROM sqlite_master",
+    "10 MB string": "SELECT length('" + "x" * 10_000_000 + "')",
+    "10 MB name": f"SELECT 1 AS \"{'x' * 10_000_000}\"",
+    "recursive trigger": "CREATE TRIGGER g AFTER UPDATE ON t BEGIN UPDATE t SET id = id + 1; END;"
+                         "UPDATE t SET id = 1",
+}
+EITHER = {      # these run or not, as SQLite's version has it
+    "json array": "SELECT " + "json_array(" * 900 + "1" + ")" * 900,
+    "parentheses": "SELECT " + "(" * 10_000 + "1" + ")" * 10_000,
+}
+
+
+def changed(old, new):
+    assert old in data.SQL_CHILD
+    return data.SQL_CHILD.replace(old, new)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working directory with a secret, and lower limits for the child."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "SQL_CHILD", changed("seconds=10", "seconds=1"))
+    monkeypatch.setattr(data, "SQL_CHILD", changed("steps=20_000_000", "steps=2_000_000"))
+    (tmp_path / "secret").write_text(SECRET)
+    return tmp_path
+
+
+def run_attacks(attacks, here):
+    """Each attack, a good row after it -> {name: verdict}. The reference is what a leak would return."""
+    starts = []
+
+    def rows():
+        for text in attacks.values():
+            starts.append(time.monotonic())
+            text = text.replace("{file}", str(here / "made")).replace("{secret}", str(here / "secret"))
+            yield CONTEXT, f"SELECT '{SECRET}'", text
+            yield GOOD
+
+    verdicts = execute_pairs(rows())
+    assert len(verdicts) == 2 * len(attacks)
+    for name, attack, after in zip(attacks, verdicts[::2], verdicts[1::2]):
+        assert after["match"], f"the row after {name}: {after}"
+        assert attack["ref_ok"] and not attack["match"], f"{name}: {attack}"
+        assert SECRET not in str(attack["error"])
+    assert all(b - a < 60 for a, b in zip(starts, starts[1:] + [time.monotonic()]))     # the limit is 1
+    assert os.listdir(here) == ["secret"] and (here / "secret").read_text() == SECRET
+    return dict(zip(attacks, verdicts[::2]))
+
+
+def test_attacks(here):
+    verdicts = run_attacks(ATTACKS, here)
+    assert not [name for name, verdict in verdicts.items() if verdict["valid"] or not verdict["error"]]
+    assert not [name for name, verdict in verdicts.items() if "killed" in verdict["error"]]
+    for name in "attach", "detach", "pragma table", "csv", "fts5", "rtree":
+        assert verdicts[name]["error"] == "not authorized", name
+    for name in "load_extension", "fts3_tokenizer", "fts3_tokenizer quoted", "trigger function":
+        assert "not authorized to use function" in verdicts[name]["error"], name
+
+
+def test_harmless(here):
+    run_attacks(EITHER, here)
+    verdicts = run_attacks(HARMLESS, here)
+    assert not [name for name, verdict in verdicts.items() if not verdict["valid"]]
+
+
+def test_hostile_context_and_reference(here):
+    verdicts = execute_pairs([
+        ("ATTACH 'made' AS f", "SELECT 1", "SELECT 1"), ("", "VACUUM INTO 'made'", "SELECT 1"),
+        ("", ENDLESS + "SELECT count(*) FROM n", "SELECT 1"), GOOD])
+    assert [v["ref_ok"] for v in verdicts] == [False, False, False, True] and verdicts[3]["match"]
+    assert verdicts[0]["error"] == "context: not authorized"
+    assert verdicts[2]["error"] == "reference: step limit"
+    assert os.listdir(here) == ["secret"]
+
+
+def test_no_file_opens_even_without_the_authorizer(here, monkeypatch):
+    monkeypatch.setattr(data, "SQL_CHILD", changed("sqlite3.SQLITE_DENY if refused else", ""))
+    tries = ["ATTACH ':memory:' AS f; SELECT 1",                                # so the gate is open
+             "ATTACH 'made' AS f; CREATE TABLE f.x (a); SELECT 1", "VACUUM INTO 'made'",
+             "ATTACH 'secret' AS f; SELECT count(*) FROM f.sqlite_master"]
+    verdicts = execute_pairs([("", "SELECT 1", text) for text in tries])
+    assert [v["valid"] for v in verdicts] == [True, False, False, False]
+    assert all("unable to open" in v["error"] for v in verdicts[1:]) and os.listdir(here) == ["secret"]
+
+
+# ------------------------------------------------------------------------------------------ a child that dies
+
+def kill_first_child(monkeypatch, seconds):
+    start, children = data.start_sql_child, []
+
+    def start_and_kill():
+        children.append(start())
+        if len(children) == 1:
+            threading.Timer(seconds, children[0].kill).start()
+        return children[-1]
+
+    monkeypatch.setattr(data, "start_sql_child", start_and_kill)
+    return children
+
+
+def test_killed_in_the_prediction(monkeypatch):
+    children = kill_first_child(monkeypatch, 1)
+    first, second, third = execute_pairs([GOOD, (CONTEXT, "SELECT id FROM t WHERE 0", HANG), GOOD])
+    assert second == {"ref_ok": True, "valid": False, "match": False, "ref_empty": True, "both_empty": False,
+                      "error": f"worker killed ({-signal.SIGKILL})"}
+    assert first["match"] and third["match"] and len(children) == 2
+
+
+def test_killed_in_the_reference(monkeypatch):
+    kill_first_child(monkeypatch, 1)
+    first, second = execute_pairs([("", HANG, "SELECT 1"), GOOD])
+    assert first["error"] == f"reference: worker killed ({-signal.SIGKILL})" and second["match"]
+    assert not first["ref_ok"] and not first["valid"] and not first["match"]
+
+
+def test_killed_between_rows(monkeypatch):
+    children = kill_first_child(monkeypatch, 0)
+
+    def rows():
+        children[0].wait()
+        yield CONTEXT, "SELECT 1", "SELECT 1" + " " * 1_000_000                 # more than a pipe holds
+        yield GOOD
+
+    first, second = execute_pairs(rows())
+    assert "worker killed" in first["error"] and second["match"]
+
+
+def test_timeout(monkeypatch):
+    monkeypatch.setattr(data, "SQL_CHILD", changed("seconds=10", "seconds=1"))
+    first, second, third = execute_pairs([(CONTEXT, "SELECT 1", HANG), ("", HANG, "SELECT 1"), GOOD])
+    assert first["error"] == "timeout" and first["ref_ok"] and not first["valid"]
+    assert second["error"] == "reference: timeout" and not second["ref_ok"] and third["match"]
+
+
+def test_a_child_that_cannot_start_is_an_error(monkeypatch):
+    monkeypatch.setattr(data, "SQL_CHILD", "raise SystemExit('no')")
+    with pytest.raises(RuntimeError, match="did not start"):
+        execute_pairs([GOOD])
+
+
+def test_script_without_main_guard(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys; sys.path.insert(0, {os.path.dirname(data.__file__)!r}); import data\n"
+                      "print('once', data.execute_pairs([('', 'SELECT 1', 'SELECT 1')])[0]['match'])\n")
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert run.stdout == "once True\n" and run.stderr == ""
