@@ -431,6 +431,25 @@ def test_variable_length_attention_on_a_gpu_equals_the_masked_one(family, tmp_pa
 # -------------------------------------------------------------------------- real checkpoints (pytest -m real)
 
 @pytest.mark.real
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma3-270m", "smollm2-135m-qwen2"])
+def test_greedy_text_of_real_checkpoints_equals_transformers(name):
+    """A batch of unequal prompts, one longer than Gemma's window of 512."""
+    from test_data import GPL, PROSE
+    from data import Tokenizer, encode_prompt
+    directory = Path(os.environ["MOLF_REAL"]) / name
+    ours, tokenizer = Transformer.from_pretrained(directory, torch.float32), Tokenizer.from_file(directory)
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    prompts = [encode_prompt(tokenizer, text) for text in ("The capital of France is", PROSE, GPL[:2600])]
+    assert len(prompts[2]) > 530
+    for prompt, got in zip(prompts, ours.generate(prompts, 24)):
+        ids = torch.tensor([prompt])
+        want = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False,
+                               eos_token_id=None, pad_token_id=0)
+        assert got == want[0, len(prompt):].tolist()
+
+
+@pytest.mark.real
 @pytest.mark.parametrize("name, dtype, prose, gpl", [
     ("gemma3-270m", torch.float32, 3.0407, 2.7375), ("gemma3-270m", torch.bfloat16, 3.0457, 2.7372),
     ("smollm2-135m-qwen2", torch.float32, 3.4129, 2.9496)])

@@ -215,6 +215,22 @@ def test_metrics():
     assert execute_pairs([]) == [] and list(sql_metrics([], None, [])) == []
 
 
+def test_a_killed_child_is_counted(monkeypatch):
+    verdict = dict(ref_ok=True, valid=False, match=False, ref_empty=False, both_empty=False)
+    for error, killed in (("worker killed (-9)", True), ("timeout", True), ("reference: timeout", True),
+                          ("no such column: killed", False), (None, False)):
+        monkeypatch.setattr(data, "execute_pairs", lambda rows: [verdict | {"error": error}])
+        (got,) = sql_metrics([{"sql": "SELECT 1", "sql_context": ""}], None, ["SELECT 2"])
+        assert got["# child killed"] is killed and got["valid SQL"] == 0
+
+
+def test_children_side_by_side_keep_the_order():
+    rows = [(f"CREATE TABLE t (a INT); INSERT INTO t VALUES ({i})", f"SELECT {i}", "SELECT a FROM t WHERE a % 3")
+            for i in range(20)]
+    verdicts = data.execute_in_parallel(rows, 3)
+    assert [v["match"] for v in verdicts] == [i % 3 > 0 for i in range(20)] and verdicts == execute_pairs(rows)
+
+
 def test_the_larger_database_tells_apart_what_a_small_one_does_not():
     rows = [dict(sql="SELECT max(a) FROM u", sql_context="CREATE TABLE u (a INT); INSERT INTO u VALUES (1);",
                  database="CREATE TABLE u (a INT); INSERT INTO u VALUES (1), (2);"),

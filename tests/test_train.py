@@ -200,10 +200,11 @@ def test_the_adapter_is_in_peft_the_model_that_was_trained(method, tmp_path):
 
 
 @pytest.mark.parametrize("dtype, stored", [("bf16", torch.bfloat16), ("fp32", torch.float32)])
-def test_the_dtype_of_the_export(dtype, stored, tmp_path):
+def test_the_dtype_of_the_export(dtype, stored, tmp_path, capsys):
     main("--limit", 8, "--epochs", 1, "--out", tmp_path, "--export-dtype", dtype)
     assert {t.dtype for t in load_file(tmp_path / "model" / "model.safetensors").values()} == {stored}
     trained, exported = json.loads((tmp_path / "results.json").read_text())["loss"].values()
+    assert ("--export-dtype fp32 keeps it" in capsys.readouterr().out) == (dtype == "bf16")
     assert (trained == exported) == (dtype == "fp32") and trained == pytest.approx(exported, rel=0.1)
 
 
@@ -451,6 +452,7 @@ def test_close_answers_of_a_bf16_model_do_not_tie():
     a, b = train.score_targets(model, [data.Example([3, t], 1, 0) for t in (5, 6)], choices=(5, 6))
     assert b.logprobs[0] - a.logprobs[0] == pytest.approx(0.05, abs=1e-3)
     assert a.choices == b.choices == [a.logprobs[0], b.logprobs[0]]
+    assert a.greedy == b.greedy == 6
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
