@@ -11,9 +11,11 @@ A text is data: it never becomes a control token. Nothing here knows of models.
 """
 import gc
 import gzip
+import http.client
 import inspect
 import itertools
 import json
+import math
 import os
 import re
 import resource
@@ -25,7 +27,6 @@ import sys
 import unicodedata
 import urllib.request
 import zlib
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from functools import cache, partial
@@ -209,11 +210,9 @@ class Tokenizer:
         return ids
 
     def decode(self, ids):
-        """Text without control tokens; bytes that are not UTF-8 become U+FFFD."""
-        try:
-            return b"".join([self.bytes[int(i)] for i in ids]).decode("utf-8", "replace")
-        except KeyError as e:
-            raise ValueError(f"token id {e} is not in the vocabulary (0 to {max(self.bytes)})") from None
+        """Text without control tokens. U+FFFD stands for bytes that are not UTF-8, and for ids beyond the
+        vocabulary: an embedding may have more rows, and a model may choose one."""
+        return b"".join([self.bytes.get(int(i), b"\xff") for i in ids]).decode("utf-8", "replace")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -337,19 +336,20 @@ def hub_files(repo, split):
 
 
 def download(url, folder=None):
-    """The file at `url`, fetched once into ~/.cache/molf and whole, or not there at all. -> Path"""
+    """The JSON file at `url`, fetched once into ~/.cache/molf; whole and valid, or not there. -> Path"""
     path = Path(folder or Path.home() / ".cache" / "molf") / url.rpartition("/")[2]
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
             with urllib.request.urlopen(url, timeout=60) as r, open(temporary, "wb") as f:
                 shutil.copyfileobj(r, f)
                 size = r.headers.get("Content-Length")
             if size and temporary.stat().st_size != int(size):
                 raise OSError(f"{temporary.stat().st_size} bytes came of {size}")
+            json.loads(temporary.read_bytes())              # and not a page that says why it isn't there
             os.replace(temporary, path)
-        except OSError as e:
+        except (OSError, ValueError, http.client.HTTPException) as e:
             temporary.unlink(missing_ok=True)
             raise OSError(f"cannot download {url} ({e}): get it elsewhere and give it with --data") from e
     return path
@@ -394,13 +394,25 @@ def is_ordered(statement):
     return any(d == 0 and pair == ["order", "by"] for d, *pair in zip(depth, found, found[1:]))
 
 
+def same_cell(a, b):
+    """1 is 1.0 but not '1', and NULL is only NULL. Floats count to 9 digits: a sum depends on its order."""
+    numbers = isinstance(a, (int, float)) and isinstance(b, (int, float)) and float in (type(a), type(b))
+    return a == b or numbers and math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-9)
+
+
+def row_key(row):
+    """To sort rows by: numbers roughly first, so that what same_cell takes for equal comes in one order."""
+    rough = [float(f"{round(c, 9):.6g}") if isinstance(c, (int, float)) else c for c in row]
+    typed = lambda cells: [(c is not None, isinstance(c, str), isinstance(c, bytes), 0 if c is None else c)
+                           for c in cells]
+    return typed(rough), typed(row)
+
+
 def same_rows(a, b, in_order):
-    """Two lists of rows, as sequences or as multisets. 1 is 1.0 but not '1', and NULL is only NULL.
-    Floats count to 9 digits, as their sums depend on the order (1e-7 odds that a last bit turns the 9th)."""
-    number = lambda c: float(f"{round(c, 9):.9g}") if isinstance(c, float) and not c.is_integer() else c
-    if a != b:                                                  # 1 == 1.0 in Python as in SQL
-        a, b = ([tuple(map(number, row)) for row in rows] for rows in (a, b))
-    return a == b or not in_order and Counter(a) == Counter(b)
+    """Two lists of rows, as sequences or as multisets."""
+    if len(a) == len(b) and a != b and not in_order:
+        a, b = sorted(a, key=row_key), sorted(b, key=row_key)
+    return len(a) == len(b) and all(len(x) == len(y) and all(map(same_cell, x, y)) for x, y in zip(a, b))
 
 
 def same_outcome(a, b):
@@ -503,15 +515,15 @@ def serve_sql(seconds=10):
         signal.setitimer(signal.ITIMER_REAL, seconds)           # the step limit is the usual end, and exact
         for verdict in judge_sql(*json.loads(line)):
             print(json.dumps(verdict), flush=True)
+            signal.setitimer(signal.ITIMER_REAL, seconds)       # anew for the prediction
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 SQL_CHILD = "\n".join([
-    "import itertools, json, re, resource, signal, sqlite3, sys",
-    "from collections import Counter", "from contextlib import closing",
-    *map(inspect.getsource, (unfence, sql_tokens, sql_statements, is_ordered, same_rows, same_outcome,
-                             open_database, fetch_rows, execute_all, database_contents, attempt_sql,
-                             judge_sql, serve_sql)), "serve_sql()"])
+    "import itertools, json, math, re, resource, signal, sqlite3, sys", "from contextlib import closing",
+    *map(inspect.getsource, (unfence, sql_tokens, sql_statements, is_ordered, same_cell, row_key, same_rows,
+                             same_outcome, open_database, fetch_rows, execute_all, database_contents,
+                             attempt_sql, judge_sql, serve_sql)), "serve_sql()"])
 
 
 def start_sql_child():
@@ -627,13 +639,25 @@ def med_usable(rows):
     found = {row["cop"] for _, row in rows}
     if rows and (0 in found) == (4 in found):
         raise ValueError(f"{rows[0][0]}: field cop holds {sorted(found)} in this file, so it cannot be told "
-                         f"whether it counts the options from 0 or from 1")
+                         f"whether it counts the options from 0 (some row must have 0) or from 1 (some 4)")
     return [(where, row | {"cop": row["cop"] - (4 in found)}) for where, row in rows]
 
 
 def sql_pair(row):
     return (f"Write the SQL query that answers the question.\n\nQuestion: {row['sql_prompt']}\n"
             f"Tables: {row['sql_context']}\nSQL:", " " + row["sql"])
+
+
+SQL_DATABASE = "sql_database"
+KILLED = "(reference: )?(worker killed|timeout)"
+
+
+def sql_usable(rows):
+    for where, row in rows:
+        for field in (SQL_DATABASE, "sql_complexity"):
+            if not isinstance(row.get(field, ""), (str, type(None))):
+                raise ValueError(f"{where}: field {field} is not a string")
+    return rows
 
 
 def exact_match(a, b):
@@ -644,23 +668,25 @@ def exact_match(a, b):
 
 def sql_metrics(rows, scored, texts):
     """Execution accuracy over the rows whose reference runs, also where it finds or changes something, and by
-    sql_complexity. A row may have a `database`, a script that fills a larger one, which is tried as well."""
+    sql_complexity. A row may have an `sql_database`, a script that fills more than the context shows: there
+    the two are tried as well."""
     verdicts = execute_in_parallel([(row["sql_context"], row["sql"], text) for row, text in zip(rows, texts)])
-    large = [(row["database"], row["sql"], text) for row, text in zip(rows, texts) if row.get("database")]
+    large = [(row[SQL_DATABASE], row["sql"], text) for row, text in zip(rows, texts) if row.get(SQL_DATABASE)]
     large = iter(execute_in_parallel(large))
     for row, text, v in zip(rows, texts, verdicts):
-        error, match, m = v["error"] or "", float(v["match"]), {}
-        if v["ref_ok"]:
-            m = {"execution": match, "valid SQL": float(v["valid"])}
-            m |= {} if v["ref_empty"] else {"execution, not empty": match}
-            m |= {f"execution: {row.get('sql_complexity')}": match}
-        if row.get("database"):
-            w = next(large)
-            m |= {"execution on the database": float(w["match"])} if w["ref_ok"] else {}
-            m |= {"# reference fails on the database": not w["ref_ok"]}
-        yield m | {"exact match": float(exact_match(row["sql"], unfence(text))), "error": error,
-                   "# reference fails": not v["ref_ok"], "# both empty": v["both_empty"],
-                   "# child killed": bool(re.match("(reference: )?(worker killed|timeout)", error))}
+        m, errors, tried = {"exact match": float(exact_match(row["sql"], unfence(text)))}, [], {"": v}
+        if row.get(SQL_DATABASE):
+            tried[" on the database"] = next(large)
+        for where, v in tried.items():
+            if v["ref_ok"]:
+                m |= {f"execution{where}": float(v["match"]), f"valid SQL{where}": float(v["valid"])}
+                m |= {} if v["ref_empty"] else {f"execution{where}, not empty": float(v["match"])}
+            errors.append(v["error"] or "")
+            m |= {f"# reference fails{where}": not v["ref_ok"], f"# both empty{where}": v["both_empty"],
+                  f"# child killed{where}": bool(re.match(KILLED, errors[-1]))}
+        if "execution" in m and row.get("sql_complexity"):
+            m[f"execution: {row['sql_complexity']}"] = m["execution"]
+        yield m | {"error": next(filter(None, errors), "")}
 
 
 class Task(NamedTuple):
@@ -692,7 +718,8 @@ TASKS = {
         ("accuracy", "accuracy among A-D")),
     "sql": Task(
         "gretelai/synthetic_text_to_sql", ("train", "test"), ("sql_prompt", "sql_context", "sql"),
-        list, sql_pair, lambda row: [], (), 256, sql_metrics, ("execution", "valid SQL", "exact match")),
+        sql_usable, sql_pair, lambda row: [], (), 256, sql_metrics,
+        ("execution", "valid SQL", "exact match")),
 }
 
 

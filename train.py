@@ -89,12 +89,14 @@ def parse_args(argv=None):
     add("--dry-run", action="store_true", help="print counts, bytes by kind, number of steps; then stop")
     a = p.parse_args(argv)
     if a.eval_only:
-        folder = Path(a.eval_only)
-        a.model = str(folder / "model" if (folder / "model").is_dir() else folder)
-        if (folder / "config.json").is_file():          # of a run: it has flags; of a checkpoint: it has none
-            flags = json.loads((folder / "config.json").read_text()).get("flags", {})
-            p.set_defaults(**{k: flags[k] for k in EVALUATION_FLAGS if k in flags}, model=a.model)
-            a = p.parse_args(argv)
+        flags, run = run_flags(a.eval_only), Path(a.eval_only, "model").is_dir()
+        if a.model != "toy" or a.dry_run or flags and not run:
+            p.error("--eval-only names the model, so --model must not" if a.model != "toy" else
+                    "--eval-only trains nothing that --dry-run could count" if a.dry_run else
+                    f"--eval-only {a.eval_only}: a run that did not finish, it has no model/")
+        p.set_defaults(**{k: flags[k] for k in EVALUATION_FLAGS if k in flags})
+        a = p.parse_args(argv)
+        a.model = str(Path(a.eval_only, "model") if run else a.eval_only)
     a.data = a.data or ("toy" if a.model == "toy" else "hub")
     if a.eval_data is None:
         if a.task != "fact" and a.data not in ("hub", "toy"):
@@ -102,7 +104,8 @@ def parse_args(argv=None):
         a.eval_data = a.data
     for key, value in (TOY if a.model == "toy" else PAPER).items():
         if getattr(a, key) is None:
-            setattr(a, key, value[a.method if key == "ranks" else a.task] if isinstance(value, dict) else value)
+            which = {"ranks": a.method, "epochs": a.task}.get(key)
+            setattr(a, key, value[which] if which else value)
     full = a.method in ("fft", "molf")
     a.rest = a.rest or ("train" if full else "freeze")
     a.dtype = a.dtype or ("bfloat16" if a.device.startswith("cuda") else "float32")
@@ -117,8 +120,6 @@ def parse_args(argv=None):
                 "log_every"):
         if getattr(a, key) is not None and getattr(a, key) < 1:
             p.error(f"--{key.replace('_', '-')} must be at least 1")
-    if a.eval_only and a.dry_run:
-        p.error("--eval-only trains nothing, so there is nothing that --dry-run could count")
     if not 0 <= a.dropout < 1 or not 0 <= a.warmup <= 1:
         p.error("--dropout and --warmup are shares, from 0 to 1")
     try:
@@ -130,6 +131,14 @@ def parse_args(argv=None):
         name = Path(a.eval_only or a.model).name, a.task, "eval" if a.eval_only else a.method
         a.out = f"runs/{'-'.join(name)}-{hashlib.sha256(repr(what).encode()).hexdigest()[:8]}"
     return a
+
+
+def run_flags(folder):
+    """The flags of the run in `folder`; {} if it is none. (A checkpoint's config.json has no flags.)"""
+    try:
+        return json.loads(Path(folder, "config.json").read_text()).get("flags", {})
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -321,11 +330,12 @@ def evaluate(model, tokenizer, task, questions, max_tokens):
         new = [[s[0].greedy] for s in scored]
     texts = [tokenizer.decode(ids) for ids in new]
     verdicts, predictions = list(task.metrics(rows, scored, texts)), []
-    for row, ids, text, v in zip(rows, new, texts, verdicts):
+    for q, ids, text, v in zip(questions, new, texts, verdicts):
         if task.new_tokens:
             v["# not stopped"] = ids[-1] not in tokenizer.eos_ids
         v["# not UTF-8"] = "\ufffd" in text
-        prompt, reference = task.pair(row)
+        v["# too long"] = len(q.prompt) + task.new_tokens > model.config.max_position_embeddings
+        prompt, reference = task.pair(q.row)
         predictions.append(dict(prompt=prompt, reference=reference, prediction=text, verdict=v))
     metrics = {}
     names = dict.fromkeys(name for v in verdicts for name in v if name != "error")
@@ -399,7 +409,7 @@ def read_data(a, tokenizer):
     task, skipped = data.TASKS[a.task], Counter()
 
     def encoded(what, numbered, make):
-        for i, row in numbered:
+        for i, row in numbered.items():
             try:
                 yield make(i, row)
             except ValueError as e:         # SmolLM2's vocabulary, for one, lacks some bytes
@@ -416,20 +426,24 @@ def read_data(a, tokenizer):
     examples, held_out = [], []
     if not a.eval_only:
         rows, skipped["training rows without an answer"] = data.load_rows(a.task, "train", a.data, a.limit)
-        numbered = list(enumerate(rows))
+        if not rows:
+            raise ValueError(f"{a.data}: no row has an answer")
+        numbered = dict(enumerate(rows))
         if a.eval_every:
-            picked = random.Random(f"held out {a.seed}").sample(numbered, max(1, min(128, len(rows) // 10)))
+            n = max(1, min(128, len(rows) // 10))
+            picked = {i: rows[i] for i in random.Random(f"held out {a.seed}").sample(range(len(rows)), n)}
             held_out = list(encoded("held-out", picked, lambda *x: (example(*x), question(*x))))
-            numbered = [x for x in numbered if a.task == "fact" or x not in picked]
+            numbered = {i: row for i, row in numbered.items() if a.task == "fact" or i not in picked}
         every = list(encoded("training", numbered, example))
         examples = [e for e in every if len(e.ids) <= a.max_length]
         skipped[f"training rows longer than --max-length {a.max_length} tokens"] = len(every) - len(examples)
         if not examples:
-            raise ValueError("no training row is left: raise --max-length")
+            raise ValueError(f"no training row is left of {len(rows)}: {len(held_out)} are held out, "
+                             f"{len(every)} longer than --max-length {a.max_length}")
     same = a.task == "fact" and a.eval_data == a.data
     rows, skipped["evaluation rows without an answer"] = data.load_rows(a.task, "test", a.eval_data,
                                                                         a.limit if same else None)
-    questions = list(encoded("evaluation", enumerate(rows[:a.eval_limit]), question))
+    questions = list(encoded("evaluation", dict(enumerate(rows[:a.eval_limit])), question))
     if not questions:
         raise ValueError(f"{a.eval_data}: no row is left to evaluate on")
     for what, n in skipped.items():
@@ -446,6 +460,8 @@ def main(argv=None):
             raise FileExistsError(f"--out {out} is a file")
         if (out / "results.json").exists() and not (a.overwrite or a.dry_run):
             raise FileExistsError(f"{out} holds a finished run: give another --out, or --overwrite")
+        if (out / "config.json").exists() and not run_flags(out) or a.eval_only and (out / "model").exists():
+            raise FileExistsError(f"--out {out} holds a model: give another")
         table = out.parent / "results.csv"
         if table.exists() and table.open().readline().strip() != ",".join(CSV_COLUMNS):
             raise FileExistsError(f"{table} has other columns than this version writes: move it away")
@@ -456,6 +472,7 @@ def main(argv=None):
                 model = Transformer(config).to(getattr(torch, a.dtype))
         else:
             model = Transformer.from_pretrained(source, getattr(torch, a.dtype), a.device)
+            out.mkdir(parents=True, exist_ok=True)          # if it can't be written to, know it now
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
     if not a.dry_run:
@@ -491,8 +508,9 @@ def main(argv=None):
 
 
 def start_run(out, record):
-    out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").unlink(missing_ok=True)          # from here on an old run in `out` is not finished
+    for old in ("adapter", "last-good"):
+        shutil.rmtree(out / old, ignore_errors=True)
     save_safely(out / "config.json", json.dumps(record, indent=2) + "\n")
 
 
@@ -522,10 +540,14 @@ def run(model, tokenizer, rows, before, a, out):
     after, predictions = evaluate(model, tokenizer, task, rows.questions, a.max_tokens)
     model.save_pretrained(out / "model", EXPORT_DTYPES[a.export_dtype])
     if a.method in ("lora", "molf-e") and a.rest == "freeze":
-        model.save_adapter(out / "adapter", model.source.resolve() if Path(a.model).exists() else a.model)
+        local = a.model == "toy" or Path(a.model).exists()
+        model.save_adapter(out / "adapter", model.source.resolve() if local else a.model)
+    elif a.method in ("lora", "molf-e"):
+        print("no adapter/: with --rest train the base has changed as well")
     # the exported weights, in arithmetic that is no coarser than they are
-    wider = torch.float32 if "float32" in (a.dtype, EXPORT_DTYPES[a.export_dtype]) else torch.bfloat16
-    exported = Transformer.from_pretrained(out / "model", wider, a.device)
+    wider = a.dtype == "float32" or a.export_dtype == "fp32"
+    exported = Transformer.from_pretrained(out / "model", getattr(torch, "float32" if wider else "bfloat16"),
+                                           a.device)
     losses = [batch_loss(m, rows.examples[:a.batch_size], a.max_tokens) for m in (model, exported)]
     results = dict(before=before, after=after, loss=dict(zip(("trained", "exported"), losses)),
                    skipped=rows.skipped)
@@ -546,12 +568,13 @@ CSV_COLUMNS = ("date run task model method score top_k ranks alpha lr lora_lr ep
 def report(out, a, results, predictions, n_rows):
     """predictions.jsonl, results.json, a line in results.csv beside the run; a table and samples to read."""
     before, after = results.get("before", {}), results["after"]
-    lines = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)
-    save_safely(out / "predictions.jsonl", lines)
+    save_safely(out / "predictions.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
     save_safely(out / "results.json", json.dumps(results, indent=2) + "\n")
     row = vars(a) | dict(date=time.strftime("%Y-%m-%d %H:%M:%S"), run=out.name, rows=n_rows,
                          ranks=" ".join(map(str, a.ranks)), seconds=round(after["seconds"], 1))
-    row |= {"method": "evaluation", "model": a.eval_only} if a.eval_only else {}
+    if a.eval_only:
+        row = {k: row[k] for k in ("date", "run", "task", "seconds")}
+        row |= {"method": "evaluation", "model": a.eval_only}
     row |= {name: x["value"] for name, x in after.items() if isinstance(x, dict)}
     with open(out.parent / "results.csv", "a", newline="") as f:
         writer = csv.DictWriter(f, CSV_COLUMNS, extrasaction="ignore")

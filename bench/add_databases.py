@@ -37,5 +37,5 @@ if __name__ == "__main__":
     with open(out, "w") as f:
         for _, row in read_rows(rows):
             if row["db_id"] in scripts:
-                row["database"] = scripts[row["db_id"]]
+                row["sql_database"] = scripts[row["db_id"]]
             print(json.dumps(row), file=f)

@@ -36,6 +36,12 @@ SAME = [
     ("SELECT sum(id) FROM t", "SELECT total(id) FROM t"),
     ("SELECT 0.3", "SELECT 0.1 + 0.2"),
     ("SELECT 0", "SELECT 1e-17"),
+    ("SELECT 12345678901", "SELECT 12345678901.000002"),
+    ("SELECT 1234567891.0 UNION ALL SELECT 5e-18", "SELECT 0.0 UNION ALL SELECT 1234567891.0000002"),
+    ("SELECT 1000000001 UNION ALL SELECT 1000000002", "SELECT 1000000002 UNION ALL SELECT 1000000001"),
+    ("SELECT '' UNION ALL SELECT 'a' UNION ALL SELECT x''", "SELECT 'a' UNION ALL SELECT x'' UNION ALL SELECT ''"),
+    ("SELECT 2, NULL UNION ALL SELECT 1, 'a' UNION ALL SELECT NULL, x'00' UNION ALL SELECT '1', 1",
+     "SELECT '1', 1 UNION ALL SELECT 1, 'a' UNION ALL SELECT 2, NULL UNION ALL SELECT NULL, x'00'"),
     ("SELECT 1e300 * 1e300", "SELECT 9e999"),
     ("SELECT 0.3, 'a' UNION ALL SELECT 0.1 + 0.2, 'b'", "SELECT 0.3, 'b' UNION ALL SELECT 0.1 + 0.2, 'a'"),
     ("SELECT 9007199254740993", "SELECT 9007199254740992 + 1"),
@@ -76,6 +82,8 @@ DIFFERENT = [
     ("SELECT 'a'", "SELECT 'A'"),
     ("SELECT 'a'", "SELECT 'a '"),
     ("SELECT 0.3", "SELECT 0.3001"),
+    ("SELECT 1234567.8", "SELECT 1234567.9"),
+    ("SELECT 1, 'b' UNION ALL SELECT 2, 'a'", "SELECT 1, 'a' UNION ALL SELECT 2, 'b'"),
     ("SELECT 1000000001", "SELECT 1000000002"),
     ("SELECT 9007199254740993", "SELECT 9007199254740992"),
     ("SELECT id, name FROM t", "SELECT name, id FROM t"),
@@ -201,14 +209,16 @@ def test_metrics():
         ("SELECT id FROM t WHERE 0", "SELECT id FROM t", "aggregation"),                # an empty reference
         ("SELECT NOW()", "SELECT NOW()", "window functions")]                           # a failing one
     rows = [{"sql": sql, "sql_context": CONTEXT, "sql_complexity": kind} for sql, _, kind in made]
-    rows[1]["database"] = rows[2]["database"] = "CREATE TABLE t (id INT)"
+    rows[1]["sql_database"] = rows[2]["sql_database"] = "CREATE TABLE t (id INT)"
     got = list(sql_metrics(rows, None, [prediction for _, prediction, _ in made]))
     values = {name: [m[name] for m in got if name in m] for m in got for name in m}
     assert values == {
         "execution": [1, 0, 0, 1, 0], "execution, not empty": [1, 0, 0], "valid SQL": [1, 1, 0, 1, 1],
         "exact match": [1, 0, 0, 0, 0, 1],
         "execution: basic SQL": [1, 0], "execution: aggregation": [0, 1, 0],
-        "execution on the database": [0, 0], "# reference fails on the database": [False, False],
+        "execution on the database": [0, 0], "execution on the database, not empty": [0, 0],
+        "valid SQL on the database": [1, 0], "# reference fails on the database": [False, False],
+        "# both empty on the database": [False, False], "# child killed on the database": [False, False],
         "# reference fails": [False] * 5 + [True], "# both empty": [False] * 3 + [True, False, False],
         "# child killed": [False] * 6,
         "error": ["", "", "incomplete input", "", "", "reference: no such function: NOW"]}
@@ -233,11 +243,14 @@ def test_children_side_by_side_keep_the_order():
 
 def test_the_larger_database_tells_apart_what_a_small_one_does_not():
     rows = [dict(sql="SELECT max(a) FROM u", sql_context="CREATE TABLE u (a INT); INSERT INTO u VALUES (1);",
-                 database="CREATE TABLE u (a INT); INSERT INTO u VALUES (1), (2);"),
-            dict(sql="SELECT b FROM u", sql_context="CREATE TABLE u (b INT)", database="CREATE TABLE u (a)")]
-    first, second = sql_metrics(rows, None, ["SELECT a FROM u LIMIT 1", "SELECT b FROM u"])
+                 sql_database="CREATE TABLE u (a INT); INSERT INTO u VALUES (1), (2);"),
+            dict(sql="SELECT b FROM u", sql_context="CREATE TABLE u (b INT)", sql_database="CREATE TABLE u (a)"),
+            dict(sql="SELECT 1", sql_context="", sql_database=None)]
+    first, second, third = sql_metrics(rows, None, ["SELECT a FROM u LIMIT 1", "SELECT b FROM u", "SELECT 1"])
     assert first["execution"] == 1 and first["execution on the database"] == 0
     assert second["# reference fails on the database"] and "execution on the database" not in second
+    assert second["# both empty"] and second["error"] == "reference: no such column: b"
+    assert third["execution"] == 1 and not any("database" in name or ":" in name for name in third)
 
 
 # ------------------------------------------------------------------------------------------------ hostile SQL

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, safe_open
+from safetensors.torch import load_file, safe_open, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -199,6 +199,29 @@ def test_the_adapter_is_in_peft_the_model_that_was_trained(method, tmp_path):
     assert config["base_model_name_or_path"] == str(TOY)
 
 
+def test_the_adapter_of_the_toy_names_its_base_from_anywhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for rest in ("freeze", "train"):
+        main("--method", "lora", "--limit", 8, "--epochs", 1, "--out", "run", "--rest", rest, "--overwrite")
+        assert (tmp_path / "run" / "adapter").exists() == (rest == "freeze")    # an old one is gone
+        assert ("no adapter/" in capsys.readouterr().out) == (rest == "train")
+        if rest == "freeze":
+            config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+            assert config["base_model_name_or_path"] == str(TOY)
+
+
+def test_a_checkpoint_is_never_overwritten_and_a_run_only_by_a_run(tmp_path):
+    shutil.copytree(TOY, tmp_path / "ck")
+    before = (tmp_path / "ck" / "config.json").read_bytes()
+    for args in (["--eval-only", tmp_path / "ck"], ["--model", tmp_path / "ck", "--data", "toy"]):
+        with pytest.raises(SystemExit, match="holds a model: give another"):
+            main(*args, "--out", tmp_path / "ck", "--overwrite")
+    assert (tmp_path / "ck" / "config.json").read_bytes() == before
+    main("--limit", 8, "--epochs", 1, "--out", tmp_path / "run")
+    with pytest.raises(SystemExit, match="holds a model: give another"):
+        main("--eval-only", tmp_path / "run", "--out", tmp_path / "run", "--overwrite")
+
+
 @pytest.mark.parametrize("dtype, stored", [("bf16", torch.bfloat16), ("fp32", torch.float32)])
 def test_the_dtype_of_the_export(dtype, stored, tmp_path, capsys):
     main("--limit", 8, "--epochs", 1, "--out", tmp_path, "--export-dtype", dtype)
@@ -239,6 +262,27 @@ def test_a_model_that_never_stops_and_one_that_writes_no_text_are_counted(monkey
     assert metrics["exact match"]["value"] == 0.25 and predictions[0]["verdict"]["execution"] == 1
     assert predictions[2]["prediction"] == "\ufffd" and len(predictions[3]["prediction"]) > 256
     assert "syntax error" in predictions[2]["verdict"]["error"]
+
+
+def test_what_a_model_may_write_and_a_row_may_hold_does_not_end_a_run(tmp_path):
+    """Ids beyond the vocabulary (an embedding may have more rows), lone surrogates, prompts beyond the
+    positions that the model knows."""
+    shutil.copytree(TOY, tmp_path / "m")
+    config = json.loads((TOY / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"vocab_size": 1032,
+                                                                     "max_position_embeddings": 90}))
+    weights = load_file(TOY / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    letter = Tokenizer.from_file(TOY).encode(" A")[0]
+    weights["model.embed_tokens.weight"] = torch.cat([embedding, 3 * embedding[letter].expand(8, -1)])
+    save_file(weights, tmp_path / "m" / "model.safetensors")
+    rows, _ = data.load_rows("med", "test", "toy", limit=40)
+    rows[0]["question"] += " \ud83d" + " very long" * 100
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    main("--eval-only", tmp_path / "m", "--task", "med", "--eval-data", path, "--out", tmp_path / "out")
+    after = json.loads((tmp_path / "out" / "results.json").read_text())["after"]
+    assert after["# too long"] == 1 and 0 < after["# not UTF-8"] <= after["# no letter"] < 40
 
 
 def test_rows_that_cannot_be_encoded_or_answered_are_counted(tmp_path, capsys):
@@ -355,7 +399,8 @@ def test_bytes_of_a_run_are_counted_as_they_are():
     (["--score", "best"], "invalid choice: 'best'"), (["--learning-rate", "1"], "unrecognized arguments"),
     (["--epochs", "0"], "--epochs must be at least 1"), (["--device", "gpu"], "--device gpu: "),
     (["--dtype", "float16"], "invalid choice: 'float16'"),
-    (["--task", "med", "--data", "rows.jsonl"], "--data rows.jsonl wants --eval-data FILE")])
+    (["--task", "med", "--data", "rows.jsonl"], "--data rows.jsonl wants --eval-data FILE"),
+    (["--eval-only", "runs", "--model", "m"], "names the model"), (["--eval-only", "m", "--dry-run"], "dry-run")])
 def test_wrong_usage_is_exit_code_2(args, message, capsys):
     with pytest.raises(SystemExit) as e:
         train.main(args)
@@ -378,7 +423,8 @@ def broken(tmp_path, file, change):
     (lambda t: ["--data", t / "none.jsonl"], "no file"),
     (lambda t: ["--eval-only", t / "nowhere"], "no directory"),
     (lambda t: (t / "results.csv").write_text("a,b\n") and [], "results.csv has other columns"),
-    (lambda t: ["--max-length", "3"], "no training row is left")])
+    (lambda t: ["--task", "med", "--limit", "1", "--eval-every", "1"], "no training row is left of 1: 1 are held out"),
+    (lambda t: ["--max-length", "3"], "no training row is left of 320: 0 are held out, 320 longer than")])
 def test_bad_input_is_one_clear_line_and_exit_code_1(make, message, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(SystemExit) as e:        # sys.exit of a text prints it and leaves with exit code 1
