@@ -523,10 +523,16 @@ def unfold(model):
 
 
 @torch.no_grad()
-def fold(model):
-    """weight <- W + sum s B A, in fp32 and rounded once. Call it after the optimizer's step."""
+def fold(model, count=False):
+    """weight <- W + sum s B A, in fp32 and rounded once. Call it after the optimizer's step. count: -> the share
+    of the weights that it changed, 0-d, on the device (None on a frozen base, whose weights it never changes)."""
+    changed, total = 0, 0
     for layer in folded_layers(model):
-        layer.weight.copy_(torch.addmm(layer.full, *reversed(layer.stacked())) if layer.ranks else layer.full)
+        new = torch.addmm(layer.full, *reversed(layer.stacked())) if layer.ranks else layer.full
+        if count:
+            changed, total = changed + (new.to(layer.weight.dtype) != layer.weight).sum(), total + new.numel()
+        layer.weight.copy_(new)
+    return changed / total if total else None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -597,12 +603,17 @@ def load_weights(model, directory, dtype, device):
 
 
 def save_safely(path, content):
-    """Write a text, or let content(path) write, then rename: a good file is never half replaced."""
+    """Write a text, or let content(path) write, then rename: a good file is never half replaced. OSError if it
+    can't be written."""
     temporary = Path(f"{path}.tmp")
     try:
         content(temporary) if callable(content) else temporary.write_text(content, encoding="utf-8")
         temporary.chmod(0o644)                  # safetensors leaves 0600
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())                # on the disk before its name is
         os.replace(temporary, path)
+    except SafetensorError as e:
+        raise OSError(f"cannot write {path}: {e}") from e
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -9,23 +9,28 @@
 """
 import argparse
 import csv
+import fcntl
 import hashlib
 import json
 import math
+import os
 import platform
 import random
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import data
@@ -41,6 +46,7 @@ PAPER = dict(epochs={"fact": 2, "med": 2, "sql": 2}, lr=5e-5, lora_lr=5e-5, alph
 TOY = dict(epochs={"fact": 10, "med": 4, "sql": 4}, lr=1e-3, lora_lr=1e-3, alpha=12,
            ranks={"fft": [], "lora": [16], "molf": [16], "molf-e": [4, 16]})
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+NOT_OF_A_RUN = "out", "overwrite", "resume", "dry_run", "log_every", "save_every", "keep", "device", "max_tokens"
 EVALUATION_FLAGS = "task", "data", "eval_data", "limit", "eval_limit", "dtype", "max_tokens"
 
 
@@ -84,6 +90,9 @@ def parse_args(argv=None):
     add("--dtype", choices=["bfloat16", "float32"],
         help="of the weights in the forward pass; experts and moments are always float32 (default: bfloat16 "
              "on a GPU, float32 on a CPU)")
+    add("--save-every", type=int, default=500, metavar="N", help="steps between checkpoints (default: 500)")
+    add("--keep", type=int, default=1, metavar="N", help="checkpoints to keep while training (default: 1)")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in --out, with its run's flags")
     add("--seed", type=int, default=42, help="of experts, order of the data and dropout (default: 42)")
     add("--log-every", type=int, default=10, help="steps between log lines (default: 10)")
     add("--dry-run", action="store_true", help="print counts, bytes by kind, number of steps; then stop")
@@ -97,6 +106,13 @@ def parse_args(argv=None):
         p.set_defaults(**{k: flags[k] for k in EVALUATION_FLAGS if k in flags})
         a = p.parse_args(argv)
         a.model = str(Path(a.eval_only, "model") if run else a.eval_only)
+    if a.resume:
+        flags = run_flags(a.out or p.error("--resume wants --out DIR, the run to go on with"))
+        p.set_defaults(**{k: v for k, v in flags.items() if k not in NOT_OF_A_RUN})
+        a = p.parse_args(argv)
+        changed = [f"--{k.replace('_', '-')}" for k in flags if k not in NOT_OF_A_RUN and getattr(a, k) != flags[k]]
+        if changed:
+            p.error(f"--resume goes on with the flags of {a.out}, so {', '.join(changed)} must stay as they were")
     a.data = a.data or ("toy" if a.model == "toy" else "hub")
     if a.eval_data is None:
         if a.task != "fact" and a.data not in ("hub", "toy"):
@@ -117,7 +133,7 @@ def parse_args(argv=None):
         p.error(
             f"--top-k {a.top_k}: {a.method} with ranks {a.ranks} has {full + len(a.ranks)} experts a module")
     for key in ("epochs", "batch_size", "max_tokens", "max_length", "limit", "eval_limit", "eval_every",
-                "log_every"):
+                "log_every", "save_every", "keep"):
         if getattr(a, key) is not None and getattr(a, key) < 1:
             p.error(f"--{key.replace('_', '-')} must be at least 1")
     if not 0 <= a.dropout < 1 or not 0 <= a.warmup <= 1:
@@ -127,7 +143,7 @@ def parse_args(argv=None):
     except (RuntimeError, AssertionError) as e:
         p.error(f"--device {a.device}: {str(e).splitlines()[0]}")
     if not a.out:
-        what = [(k, v) for k, v in sorted(vars(a).items()) if k not in ("overwrite", "dry_run", "log_every")]
+        what = [(k, v) for k, v in sorted(vars(a).items()) if k not in NOT_OF_A_RUN or k == "max_tokens"]
         name = Path(a.eval_only or a.model).name, a.task, "eval" if a.eval_only else a.method
         a.out = f"runs/{'-'.join(name)}-{hashlib.sha256(repr(what).encode()).hexdigest()[:8]}"
     return a
@@ -188,19 +204,22 @@ def lr_factor(step, total, warmup):
     return 0.5 * (1 + math.cos(math.pi * (step - n) / max(1, total - n)))
 
 
-def train(model, optimizer, examples, a, log=print, held_out=None):
+def train(model, optimizer, examples, a, log=print, held_out=None, save=None, start=None):
     """Train `model` on `examples` with the flags `a`; log(line, record) every a.log_every steps, and what
-    held_out() returns every a.eval_every. -> {"winners": (steps, modules, experts) bool, "scores": fp32}"""
+    held_out() returns every a.eval_every. save(step, routing) every a.save_every, or when it has been asked to
+    stop; start: (step, routing) of such a call, to go on from.
+    -> routing: {"winners": (steps, modules, experts) bool, "scores": fp32}"""
     device = next(model.parameters()).device
     params = [p for g in optimizer.param_groups for p in g["params"]]
     kinds = {g["kind"]: i for i, g in enumerate(optimizer.param_groups)}    # one group of each, for the log
     total = a.epochs * math.ceil(len(examples) / a.batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: lr_factor(i, total, a.warmup))
-    pending, winners, scores = [], [], []           # pending: device tensors of the steps since the last log
-    tokens, clock, untimed = 0, 0.0, min(3, total - 1)                      # the first steps are not timed
+    first, routing = start or (0, {})
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: lr_factor(i, total, a.warmup), first - 1)
+    pending, history = [], [routing] if routing else []     # pending: on the device, since the last log
+    tokens, clock, untimed = 0, 0.0, min(first + 3, total - 1)              # the first steps are not timed
     ok = torch.ones((), dtype=torch.bool, device=device)                    # so far all was finite
     model.train()
-    for step in range(total):
+    for step in range(first, total):
         if step == untimed:
             tokens, clock = 0, time.perf_counter()
         batch = batch_of(step, examples, a)
@@ -215,26 +234,32 @@ def train(model, optimizer, examples, a, log=print, held_out=None):
         rates = {kind: optimizer.param_groups[i]["lr"] for kind, i in kinds.items()}
         ok = ok & (loss + norm).isfinite()
         optimizer.step(ok=ok)                   # moments, scores, winners
-        fold(model)                             # the winners' new weights -> the one that the forward uses
+        saving = save and ((step + 1) % a.save_every == 0 or save.asked)
+        logging = (step + 1) % a.log_every == 0 or step in (first, total - 1) or saving
+        changed = fold(model, count=logging)    # the winners' new weights -> the one that the forward uses
         optimizer.zero_grad()
         schedule.step()
         tokens += sum(len(e.ids) for e in batch)
         pending.append((loss, norm, optimizer.winners.clone(), optimizer.scores.clone()))
-        if (step + 1) % a.log_every == 0 or step in (0, total - 1):
+        if logging:
             loss, norm, w, s = (torch.stack(x).cpu() for x in zip(*pending))            # the one sync
             stop_if_not_finite(step, loss, norm, examples, a)
             if not s.isfinite().all():
                 raise FloatingPointError(f"rule {a.score} gave a score that is not finite by step {step + 1}")
-            winners.append(w), scores.append(s), pending.clear()
+            history.append({"winners": w, "scores": s}), pending.clear()
+            if step == 0 and abs(loss[0] / math.log(model.config.vocab_size) - 1) < 0.05:
+                print(f"warning: the first loss is near ln({model.config.vocab_size}), that of guessing: do the "
+                      f"weights, the tokenizer and the config belong together?")
             seconds = time.perf_counter() - clock if step > untimed else 0.0
             speed = tokens / seconds if seconds else 0.0
             left = seconds * (total - 1 - step) / max(1, step - untimed + 1)
+            changed = None if changed is None else changed.item()
             share = w[..., 0].float().mean().item() if "full" in kinds else 0.0         # since the last log
             record = dict(step=step + 1, loss=loss[-1].item(), lr=rates, grad_norm=norm[-1].item(),
-                          full_share=share, tok_per_s=speed, eta_s=left, peak_gb=peak_memory(device))
+                          full_share=share, changed=changed, tok_per_s=speed, eta_s=left, peak_gb=peak_memory(device))
             lrs = "/".join(f"{lr:.1e}" for lr in rates.values())
             log(f"step {step + 1:4d}/{total}  loss {loss[-1]:.4f}  lr {lrs}  norm {norm[-1]:.2f}  "
-                f"full {share:4.0%}  {f'{speed:,.0f}' if speed else '-'} tok/s  "
+                f"full {share:4.0%}  {f'changed {changed:4.0%}  ' if changed else ''}{f'{speed:,.0f}' if speed else '-'} tok/s  "
                 f"eta {int(left) // 60}:{int(left) % 60:02d}  {record['peak_gb']:.1f} GB", record)
         if held_out and (step + 1) % a.eval_every == 0:
             start = time.perf_counter()
@@ -243,8 +268,14 @@ def train(model, optimizer, examples, a, log=print, held_out=None):
             log(f"step {step + 1:4d}/{total}  {line}", dict(step=step + 1, **record))
             model.train()
             clock += time.perf_counter() - start                            # not training time
+        if saving:
+            save(step + 1, joined(history))
     model.eval()
-    return {"winners": torch.cat(winners), "scores": torch.cat(scores)}
+    return joined(history)
+
+
+def joined(history):
+    return {name: torch.cat([part[name] for part in history]) for name in ("winners", "scores")}
 
 
 def first_share(winners, module_names):
@@ -271,6 +302,93 @@ def peak_memory(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# checkpoints: what a run needs to go on as if nothing had happened
+
+class Checkpoints:
+    """DIR/checkpoints/step-N.safetensors: weights, experts, moments, random states, routing so far; the rest is
+    JSON in its header. One file, written under another name and renamed: it is whole or not there.
+
+    As a context it makes SIGTERM and Ctrl-C ask the loop to save and leave; a second one leaves at once."""
+
+    def __init__(self, out, model, optimizer, a):
+        self.folder, self.model, self.optimizer, self.a = out / "checkpoints", model, optimizer, a
+        self.asked = None                                       # the signal that asked to leave
+
+    def files(self):
+        return sorted(self.folder.glob("step-*.safetensors"))
+
+    def __call__(self, step, routing):
+        state = self.optimizer.state_dict()
+        tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()} | routing
+        tensors |= {f"optimizer.{i}.{key}": t for i, s in state["state"].items() for key, t in s.items()}
+        tensors["rng"] = torch.get_rng_state()
+        if self.a.device.startswith("cuda"):
+            tensors["rng cuda"] = torch.cuda.get_rng_state()
+        header = {"step": str(step), "param_groups": json.dumps(state["param_groups"])}
+        self.folder.mkdir(exist_ok=True)
+        tensors = {name: t.contiguous() for name, t in tensors.items()}
+        try:
+            save_safely(self.folder / f"step-{step:09d}.safetensors", lambda path: save_file(tensors, path, header))
+        except OSError as e:
+            whole = self.files()
+            raise OSError(f"{e}; the last whole checkpoint: {whole[-1] if whole else 'none'}") from e
+        for old in self.files()[:-self.a.keep]:
+            old.unlink()
+        if self.asked:
+            print(f"stopped after step {step}: --resume --out {self.folder.parent} goes on from here")
+            sys.exit(128 + self.asked)
+
+    def load(self):
+        """-> (step, routing) of the newest checkpoint, now in model, optimizer and random states; None if none."""
+        for file in reversed(self.files()):
+            try:
+                with safe_open(file, "pt") as f:
+                    header, tensors = f.metadata(), {key: f.get_tensor(key) for key in f.keys()}
+                break
+            except SafetensorError as e:
+                print(f"{file} is not whole ({e}): trying the one before it")
+        else:
+            return None
+        part = lambda start: {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)}
+        self.model.load_state_dict(part("model."))
+        state = {}
+        for name, t in part("optimizer.").items():
+            i, key = name.split(".")
+            state.setdefault(int(i), {})[key] = t
+        self.optimizer.load_state_dict({"state": state, "param_groups": json.loads(header["param_groups"])})
+        torch.set_rng_state(tensors["rng"])
+        if self.a.device.startswith("cuda"):
+            torch.cuda.set_rng_state(tensors["rng cuda"])
+        return int(header["step"]), {key: tensors[key] for key in ("winners", "scores")}
+
+    def __enter__(self):
+        def ask(number, frame):
+            self.asked = number
+            self.__exit__()
+        self.handlers = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def only_one(folder):
+    """Holds a lock on the directory, which ends with the process however that ends."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise FileExistsError(f"another process is at work in {folder}: give another --out") from None
+    try:
+        yield
+    finally:
+        os.close(lock)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -460,6 +578,8 @@ def main(argv=None):
             raise FileExistsError(f"--out {out} is a file")
         if (out / "results.json").exists() and not (a.overwrite or a.dry_run):
             raise FileExistsError(f"{out} holds a finished run: give another --out, or --overwrite")
+        if any((out / "checkpoints").glob("*")) and not (a.overwrite or a.resume or a.dry_run):
+            raise FileExistsError(f"{out} holds an unfinished run: --resume goes on, --overwrite starts anew")
         if (out / "config.json").exists() and not run_flags(out) or a.eval_only and (out / "model").exists():
             raise FileExistsError(f"--out {out} holds a model: give another")
         table = out.parent / "results.csv"
@@ -475,48 +595,56 @@ def main(argv=None):
             out.mkdir(parents=True, exist_ok=True)          # if it can't be written to, know it now
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
-    if not a.dry_run:
-        task = data.TASKS[a.task]
-        before, predictions = evaluate(model, tokenizer, task, rows.questions, a.max_tokens)
-    if a.eval_only:
-        start_run(out, dict(flags=vars(a), rows=0, **provenance()))
-        report(out, a, dict(after=before, skipped=rows.skipped), predictions, 0)
-        return
-    model.checkpointing = a.checkpointing
-    torch.manual_seed(a.seed)                               # of A and of dropout
-    add_experts(model, a.ranks, a.alpha, a.method in ("fft", "molf"), a.dropout, train_rest=a.rest == "train")
-    counts, steps = count_parameters(model), a.epochs * math.ceil(len(rows.examples) / a.batch_size)
-    print(f"{a.method} on {a.model}, task {a.task}: {len(rows.examples)} rows, {steps} steps, seed {a.seed}; "
-          f"eos {tokenizer.eos_ids}, bos {tokenizer.bos_id}\nparameters: "
-          + ", ".join(f"{kind} {n:,}" for kind, n in counts.items()))
     if a.dry_run:
+        steps = prepare(model, rows, a)["steps"]
         longest = max(sum(len(e.ids) for e in batch_of(i, rows.examples, a))
                       for i in range(steps // a.epochs))
         sizes = estimate_bytes(model, a, min(longest, a.max_tokens))
         for kind, n in {**sizes, "peak (estimate)": sum(sizes.values())}.items():
             print(f"  {kind:24s}{n / 1e9:9.3f} GB")
         return
-    record = dict(flags=vars(a), parameters=counts, steps=steps, rows=len(rows.examples), **provenance())
     try:
-        start_run(out, record)
-        run(model, tokenizer, rows, before, a, out)
+        with only_one(out):
+            run(model, tokenizer, rows, a, out)
     except FloatingPointError as e:
         model.save_pretrained(out / "last-good")
-        sys.exit(f"error: {e}. The model as it was before that step is in {out / 'last-good'}")
+        saved = sorted((out / "checkpoints").glob("*"))
+        sys.exit(f"error: {e}. The model as it was before that step is in {out / 'last-good'}; the last "
+                 f"checkpoint: {saved[-1] if saved else 'none'}")
     except OSError as e:
         sys.exit(f"error: {e}")
 
 
-def start_run(out, record):
-    (out / "results.json").unlink(missing_ok=True)          # from here on an old run in `out` is not finished
-    for old in ("adapter", "last-good"):
-        shutil.rmtree(out / old, ignore_errors=True)
+def prepare(model, rows, a):
+    """Put the experts in, and say what there is to do."""
+    model.checkpointing = a.checkpointing
+    torch.manual_seed(a.seed)                               # of A and of dropout
+    add_experts(model, a.ranks, a.alpha, a.method in ("fft", "molf"), a.dropout, train_rest=a.rest == "train")
+    counts, steps = count_parameters(model), a.epochs * math.ceil(len(rows.examples) / a.batch_size)
+    print(f"{a.method} on {a.model}, task {a.task}: {len(rows.examples)} rows, {steps} steps, seed {a.seed}\n"
+          "parameters: " + ", ".join(f"{kind} {n:,}" for kind, n in counts.items()))
+    return dict(parameters=counts, steps=steps, rows=len(rows.examples))
+
+
+def run(model, tokenizer, rows, a, out):
+    """Evaluate, train, evaluate, export: all that a run leaves is written here, into its directory `out`."""
+    task, first_metrics = data.TASKS[a.task], out / "before.json"
+    print(f"eos {tokenizer.eos_ids}, bos {tokenizer.bos_id}")
+    if not a.resume:
+        for old in ("adapter", "last-good", "checkpoints"):     # of a run that is to be overwritten
+            shutil.rmtree(out / old, ignore_errors=True)
+        for old in (out / "results.json", first_metrics):
+            old.unlink(missing_ok=True)
+    if first_metrics.exists():                                  # --resume
+        before = json.loads(first_metrics.read_text())
+    else:
+        before, predictions = evaluate(model, tokenizer, task, rows.questions, a.max_tokens)
+    record = dict(flags=vars(a), **({} if a.eval_only else prepare(model, rows, a)), **provenance())
     save_safely(out / "config.json", json.dumps(record, indent=2) + "\n")
-
-
-def run(model, tokenizer, rows, before, a, out):
-    """Train, evaluate, export, into the run's directory `out`."""
-    task = data.TASKS[a.task]
+    if a.eval_only:
+        report(out, a, dict(after=before, skipped=rows.skipped), predictions, 0)
+        return
+    save_safely(first_metrics, json.dumps(before) + "\n")
     optimizer = MoLFAdamW(param_groups(model, a.lr, a.lora_lr, a.weight_decay, a.lora_weight_decay),
                           score=SCORES[a.score], top_k=a.top_k)
 
@@ -528,11 +656,18 @@ def run(model, tokenizer, rows, before, a, out):
         return (f"held out: loss {loss:.4f}  {shown}\n{sample(predictions[0])}",
                 dict(held_out=metrics, loss=loss))
 
-    with open(out / "log.jsonl", "w") as log_file:
-        def log(line, record):
-            print(line, flush=True)
-            print(json.dumps(record), file=log_file, flush=True)
-        routing = train(model, optimizer, rows.examples, a, log, rows.held_out and held_out)
+    with Checkpoints(out, model, optimizer, a) as checkpoints:
+        start = checkpoints.load() if a.resume else None
+        if a.resume:
+            print(f"going on behind step {start[0]}" if start else "no checkpoint: starting anew")
+        lines = (out / "log.jsonl").read_text().splitlines(True) if start else []
+        lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start[0]]
+        save_safely(out / "log.jsonl", "".join(lines))
+        with open(out / "log.jsonl", "a") as log_file:
+            def log(line, record):
+                print(line, flush=True)
+                print(json.dumps(record), file=log_file, flush=True)
+            routing = train(model, optimizer, rows.examples, a, log, rows.held_out and held_out, checkpoints, start)
     names = optimizer.module_names
     del optimizer                                           # its moments make room for the export
     metadata = {"modules": json.dumps(names)}
@@ -552,6 +687,8 @@ def run(model, tokenizer, rows, before, a, out):
     results = dict(before=before, after=after, loss=dict(zip(("trained", "exported"), losses)),
                    skipped=rows.skipped)
     report(out, a, results, predictions, len(rows.examples))
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)      # finished: results.json says so
+    first_metrics.unlink()
     if routing["winners"].shape[-1] > 1:
         first = "full" if a.method == "molf" else f"rank-{a.ranks[0]}"
         print(f"\nsteps won by the {first} expert:  " + "  ".join(

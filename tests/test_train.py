@@ -4,9 +4,12 @@ import csv
 import json
 import math
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -388,6 +391,207 @@ def test_bytes_of_a_run_are_counted_as_they_are():
             assert {k: got[k] for k in want} == want
             optimizer.step()
             fold(model)
+
+
+# --------------------------------------------------------------------------------------------------- resuming
+
+def setup(method, seed, out, **kwargs):
+    """A fresh model, experts and optimizer: what a run has before it looks for a checkpoint."""
+    torch.manual_seed(seed)
+    a = flags(method=method, epochs=3, batch_size=4, save_every=1, keep=99, **kwargs)
+    model = Transformer.from_pretrained("toy", torch.float32)
+    full, ranks = method in ("fft", "molf"), {"fft": (), "lora": (4,), "molf": (4,), "molf-e": (2, 4)}[method]
+    add_experts(model, ranks, 12, full, 0.1 if method == "lora" else 0.0)
+    optimizer = MoLFAdamW(param_groups(model, 1e-3, 1e-3), score=train.SCORES["random" if ranks else "epd"])
+    return a, model, optimizer, train.Checkpoints(out, model, optimizer, a)
+
+
+def everything(model, optimizer, routing):
+    state = optimizer.state_dict()
+    tensors = [t for _, s in sorted(state["state"].items()) for _, t in sorted(s.items())]
+    return ([*model.state_dict().values(), *tensors, routing["winners"], routing["scores"], torch.get_rng_state()],
+            json.dumps(state["param_groups"]))
+
+
+@pytest.mark.parametrize("method", ["fft", "lora", "molf", "molf-e"])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(method, tmp_path):
+    """Killed behind any of five random steps. Routing by a coin, and dropout in lora: random states count."""
+    _, examples = toy_examples(14)
+    a, model, optimizer, checkpoints = setup(method, 0, tmp_path)
+    lines = []
+    routing = train.train(model, optimizer, examples, a, lambda _, r: lines.append(r), save=checkpoints)
+    want, groups = everything(model, optimizer, routing)
+    files = checkpoints.files()
+    assert len(files) == 12 == len(routing["winners"])
+    for step in random.Random(method).sample(range(1, 12), 5):
+        out = tmp_path / str(step)
+        (out / "checkpoints").mkdir(parents=True)
+        shutil.copy(files[step - 1], out / "checkpoints")
+        a, model, optimizer, checkpoints = setup(method, step, out)         # another seed: nothing of it is left
+        start = checkpoints.load()
+        assert start[0] == step and len(start[1]["winners"]) == step
+        again = []
+        routing = train.train(model, optimizer, examples, a, lambda _, r: again.append(r), None, None, start)
+        got, got_groups = everything(model, optimizer, routing)
+        assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True)) and got_groups == groups
+        assert again[-1]["loss"] == lines[-1]["loss"] and again[-1]["lr"] == lines[-1]["lr"]
+
+
+CHILD = """import os, signal, sys
+sys.path.insert(0, {root!r})
+import model, train
+write, count = model.save_safely, [0]
+def dying(path, content):
+    if "checkpoints" in str(path):
+        count[0] += 1
+        if count[0] == {n}:
+            def content(temporary):
+                open(temporary, "wb").write(b"half of it")
+                os.kill(os.getpid(), signal.SIGKILL)
+    write(path, content)
+train.save_safely = dying
+train.main(sys.argv[1:])
+"""
+RUN = ["--limit", "16", "--epochs", "8", "--batch-size", "4", "--eval-limit", "4", "--score", "random", "--device", "cpu",
+       "--save-every", "1", "--log-every", "100"]
+
+
+def test_twenty_kills_lose_at_most_the_step_they_fall_into(tmp_path):
+    """kill -9 at random moments, and in the middle of a write. Every restart goes on; the end is the same."""
+    main(*RUN, "--out", tmp_path / "whole")
+    rng, done, steps = random.Random(1), tmp_path / "killed" / "results.json", []
+    start = [sys.executable, "-c"]
+    for i in range(20):
+        n = rng.randint(1, 3) if i % 2 else 10 ** 6                         # odd: in the n-th write
+        child = subprocess.Popen([*start, CHILD.format(root=str(ROOT), n=n), *RUN, "--out", tmp_path / "killed",
+                                  "--resume"], stdout=subprocess.PIPE, text=True,
+                                 env=os.environ | {"OMP_NUM_THREADS": "1"})
+        before = [f.name for f in (tmp_path / "killed" / "checkpoints").glob("step-*.safetensors")]
+        if not i % 2:
+            for line in child.stdout:                                       # it has begun to train
+                if line.startswith(("going on", "no checkpoint")):
+                    break
+            time.sleep(rng.random() * 0.3)
+            child.kill()
+        out = child.communicate(timeout=120)[0]
+        assert child.returncode in (-signal.SIGKILL, 0), out
+        after = [f.name for f in (tmp_path / "killed" / "checkpoints").glob("step-*.safetensors")]
+        assert done.exists() or max(after, default="") >= max(before, default="")
+        steps.append(max(after, default="finished" if done.exists() else "none"))
+        if done.exists():
+            break
+    else:
+        main("--resume", "--out", tmp_path / "killed")
+    assert len(set(steps)) > 4, steps
+    for name in ("model/model.safetensors", "routing.safetensors", "predictions.jsonl"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+    assert not list((tmp_path / "killed").rglob("*.tmp")) and not (tmp_path / "killed" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_leaves(number, code, tmp_path):
+    command = [sys.executable, ROOT / "train.py", *RUN, "--epochs", "400", "--save-every", "1000", "--out", tmp_path]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    for line in child.stdout:
+        if line.startswith("step"):
+            child.send_signal(number)
+            break
+    out = child.communicate(timeout=120)[0]
+    assert child.returncode == code and "--resume --out" in out
+    (file,) = (tmp_path / "checkpoints").iterdir()
+    a, model, optimizer, checkpoints = setup("molf", 0, tmp_path)
+    with safe_open(file, "pt") as f:
+        assert f.metadata()["step"] == str(int(file.stem[5:])) and len(f.get_tensor("winners")) == int(file.stem[5:])
+
+
+def test_a_second_signal_leaves_at_once(tmp_path):
+    a, model, optimizer, checkpoints = setup("fft", 0, tmp_path)
+    with pytest.raises(KeyboardInterrupt), checkpoints:
+        signal.raise_signal(signal.SIGINT)
+        assert checkpoints.asked == signal.SIGINT                           # the first one only asks
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_only_the_newest_checkpoints_are_kept_and_a_torn_one_is_passed_over(tmp_path, capsys):
+    _, examples = toy_examples(8)
+    a, model, optimizer, checkpoints = setup("molf", 0, tmp_path)
+    a.keep = 2
+    train.train(model, optimizer, examples, a, save=checkpoints)
+    assert [f.name for f in checkpoints.files()] == [f"step-{n:09d}.safetensors" for n in (5, 6)]
+    newest = checkpoints.files()[-1]
+    newest.write_bytes(newest.read_bytes()[:-100])
+    assert checkpoints.load()[0] == 5 and f"{newest.name} is not whole" in capsys.readouterr().out
+    for file in checkpoints.files():
+        file.unlink()
+    assert checkpoints.load() is None
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
+    main(*RUN, "--epochs", 1, "--out", tmp_path / "a")
+    limited = f"""import resource, sys; sys.path.insert(0, {str(ROOT)!r}); import train
+class Late(train.Checkpoints):
+    def __call__(self, step, routing):
+        if step == 3:       # no file may grow beyond 1 MB
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10 ** 6, 10 ** 6))
+        super().__call__(step, routing)
+train.Checkpoints = Late; train.main(sys.argv[1:])"""
+    result = subprocess.run([sys.executable, "-c", limited, *RUN, "--out", tmp_path / "b"], capture_output=True,
+                            text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    whole = tmp_path / "b" / "checkpoints" / "step-000000002.safetensors"
+    assert result.returncode == 1 and result.stderr.startswith("error: ") and str(whole) in result.stderr
+    assert "File too large" in result.stderr and list(whole.parent.iterdir()) == [whole]
+    main("--resume", "--out", tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "results.json").read_text())["after"]["ES"]["n"] == 4
+
+
+def test_a_run_directory_belongs_to_one_process(tmp_path):
+    with train.only_one(tmp_path), pytest.raises(SystemExit, match="another process is at work"):
+        main("--limit", 8, "--epochs", 1, "--out", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    main("--limit", 8, "--epochs", 1, "--out", tmp_path)                    # the lock ended with its holder
+
+
+def test_an_unfinished_run_is_not_begun_anew_by_mistake(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-000000001.safetensors").write_bytes(b"")
+    with pytest.raises(SystemExit, match="an unfinished run: --resume goes on, --overwrite starts anew"):
+        main("--limit", 8, "--out", tmp_path)
+
+
+def test_to_resume_with_other_flags_is_refused(tmp_path, capsys):
+    main("--limit", 8, "--epochs", 1, "--out", tmp_path)
+    with pytest.raises(SystemExit) as e:
+        main("--resume", "--out", tmp_path, "--lr", 3e-3, "--log-every", 7)
+    assert e.value.code == 2 and "so --lr must stay as they were" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as e:
+        main("--resume")
+    assert e.value.code == 2 and "--resume wants --out DIR" in capsys.readouterr().err
+
+
+def test_a_first_loss_like_that_of_guessing_is_a_warning(capsys):
+    _, examples = toy_examples()
+    for std, warned in ((0.01, True), (None, False)):
+        model = Transformer.from_pretrained("toy", torch.float32)
+        if std:
+            for p in model.parameters():
+                torch.nn.init.normal_(p, std=std) if p.dim() > 1 else None
+        add_experts(model, ranks=())
+        train.train(model, MoLFAdamW(param_groups(model)), examples, flags(epochs=1))
+        assert ("warning: the first loss is near ln(1024)" in capsys.readouterr().out) == warned
+
+
+def test_the_log_says_which_share_of_the_weights_changed():
+    """In bf16 a step of 1e-7 rounds to nothing, one of 1e-2 to something nearly everywhere."""
+    _, examples = toy_examples()
+    for lr, low, high in ((1e-9, 0.0, 0.01), (1e-2, 0.9, 1.0)):
+        model, seen = Transformer.from_pretrained("toy", torch.bfloat16), []
+        start = {n: p.clone() for n, p in model.named_parameters() if "_proj.weight" in n}
+        add_experts(model, ranks=())
+        optimizer = MoLFAdamW(param_groups(model, lr=lr))
+        train.train(model, optimizer, examples, flags(epochs=1), lambda _, r: seen.append(r["changed"]))
+        now = dict(model.named_parameters())
+        want = sum((now[n] != p).sum().item() for n, p in start.items()) / sum(p.numel() for p in start.values())
+        assert seen == [pytest.approx(want)] and low <= want <= high
 
 
 # -------------------------------------------------------------------------------------------------- bad input
