@@ -274,10 +274,11 @@ def pack(examples):
 
 def read_rows(path):
     """Rows of a .json (a list, or lines), .jsonl, .jsonl.gz or .parquet file -> [("FILE line N", row)]."""
-    path = Path(path)
+    path, place = Path(path), ""
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
-    place = ""
+    if not path.name.removesuffix(".gz").endswith((".json", ".jsonl", ".parquet")):
+        raise ValueError(f"{path}: rows are read from .json, .jsonl (both also .gz) and .parquet files")
     try:
         if path.suffix == ".parquet":
             import pyarrow.parquet
@@ -299,13 +300,13 @@ def read_rows(path):
 
 def check_row(where, row, fields):
     """ValueError, with file, line and field, unless every field (a dotted path) is there and is a string; a
-    list of strings where its name ends in *; an int or null where it ends in #."""
+    list of strings where its name ends in *; a string or null where in ?; an int or null where in #."""
     for path in fields:
-        name, value = path.rstrip("*#"), row
+        name, value = path.rstrip("*?#"), row
         for key in name.split("."):
             if not isinstance(value, dict) or key not in value:
                 found = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
-                needed = ", ".join(f.rstrip("*#") for f in fields)
+                needed = ", ".join(f.rstrip("*?#") for f in fields)
                 raise ValueError(f"{where}: field {name} is missing; needed are {needed}; found: {found}")
             value = value[key]
         if path.endswith("*"):
@@ -314,7 +315,7 @@ def check_row(where, row, fields):
         elif path.endswith("#"):
             kind, right = "whole number", value is None or type(value) is int
         else:
-            kind, right = "string", isinstance(value, str)
+            kind, right = "string", isinstance(value, str) or value is None and path.endswith("?")
         if not right:
             raise ValueError(f"{where}: field {name} is not a {kind}")
 
@@ -401,11 +402,11 @@ def same_cell(a, b):
 
 
 def row_key(row):
-    """To sort rows by: numbers roughly first, so that what same_cell takes for equal comes in one order."""
+    """(rough, exact): to sort rows by numbers of 6 digits first, so that rows whose cells are the same but
+    for the noise of a sum come in one order. NULL before numbers before texts before blobs."""
     rough = [float(f"{round(c, 9):.6g}") if isinstance(c, (int, float)) else c for c in row]
-    typed = lambda cells: [(c is not None, isinstance(c, str), isinstance(c, bytes), 0 if c is None else c)
-                           for c in cells]
-    return typed(rough), typed(row)
+    kind = lambda c: 0 if c is None else 1 if isinstance(c, (int, float)) else 2 if isinstance(c, str) else 3
+    return tuple([(kind(c), 0 if c is None else c) for c in cells] for cells in (rough, row))
 
 
 def same_rows(a, b, in_order):
@@ -416,7 +417,8 @@ def same_rows(a, b, in_order):
 
 
 def same_outcome(a, b):
-    """Two {key: (header, rows, in order?)}: keys, headers and rows agree; a says if the order counts."""
+    """Two {key: (header, rows, in order?)}: keys, headers and rows agree; a, the reference, says if the order
+    counts."""
     agree = lambda x, y: x[0] == y[0] and same_rows(x[1], y[1], x[2])
     return a.keys() == b.keys() and all(agree(a[key], b[key]) for key in a)
 
@@ -653,11 +655,12 @@ KILLED = "(reference: )?(worker killed|timeout)"
 
 
 def sql_usable(rows):
+    """Rows that have a query."""
     for where, row in rows:
         for field in (SQL_DATABASE, "sql_complexity"):
             if not isinstance(row.get(field, ""), (str, type(None))):
                 raise ValueError(f"{where}: field {field} is not a string")
-    return rows
+    return [(where, row) for where, row in rows if (row["sql"] or "").strip()]
 
 
 def exact_match(a, b):
@@ -717,7 +720,7 @@ TASKS = {
         med_usable, med_pair, lambda row: [med_pair(row)], MED_CHOICES, 0, partial(map, med_metrics),
         ("accuracy", "accuracy among A-D")),
     "sql": Task(
-        "gretelai/synthetic_text_to_sql", ("train", "test"), ("sql_prompt", "sql_context", "sql"),
+        "gretelai/synthetic_text_to_sql", ("train", "test"), ("sql_prompt", "sql_context", "sql?"),
         sql_usable, sql_pair, lambda row: [], (), 256, sql_metrics,
         ("execution", "valid SQL", "exact match")),
 }

@@ -524,8 +524,8 @@ def unfold(model):
 
 @torch.no_grad()
 def fold(model, count=False):
-    """weight <- W + sum s B A, in fp32 and rounded once. Call it after the optimizer's step. count: -> the share
-    of the weights that it changed, 0-d, on the device (None on a frozen base, whose weights it never changes)."""
+    """weight <- W + sum s B A, in fp32 and rounded once. Call it after the optimizer's step.
+    count: -> the share of the weights that changed, 0-d, on the device; None on a frozen base."""
     changed, total = 0, 0
     for layer in folded_layers(model):
         new = torch.addmm(layer.full, *reversed(layer.stacked())) if layer.ranks else layer.full
@@ -539,11 +539,12 @@ def fold(model, count=False):
 # checkpoints in Hugging Face format
 
 def find_checkpoint(path_or_repo):
-    """A local directory as it is, "toy" as the embedded one, else a hub id, downloaded. -> Path"""
+    """A local directory as it is (of a run its model/), "toy" as the embedded one, else a hub id, downloaded.
+    -> Path"""
     name = str(path_or_repo)
     path = Path(__file__).parent / "toy" if name == "toy" else Path(name)
     if path.is_dir():
-        return path
+        return path / "model" if (path / "model" / "config.json").is_file() else path
     if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise FileNotFoundError(f"no directory {name}: give toy, a directory with config.json and "
                                 f"safetensors, or a hub id like Qwen/Qwen2.5-0.5B")
@@ -553,9 +554,9 @@ def find_checkpoint(path_or_repo):
         return Path(snapshot_download(name, allow_patterns=files))
     except Exception as e:      # the hub library has dozens of kinds; whichever it is, its words are in ours
         url, why = f"https://huggingface.co/{name}", str(e).partition("\n")[0]
-        raise OSError(f"cannot download {url} ({type(e).__name__}: {why}). If the model is gated, accept its "
-                      f"licence at that address and set HF_TOKEN; without a network give a local directory, "
-                      f"or set HF_HUB_OFFLINE=1 if the model is in the cache") from e
+        raise OSError(f"no directory {name}, and cannot download {url} ({type(e).__name__}: {why}). If the "
+                      f"model is gated, accept its licence there and set HF_TOKEN; without a network give a "
+                      f"local directory, or set HF_HUB_OFFLINE=1 if the model is in the cache") from e
 
 
 def read_config(directory):
@@ -603,8 +604,8 @@ def load_weights(model, directory, dtype, device):
 
 
 def save_safely(path, content):
-    """Write a text, or let content(path) write, then rename: a good file is never half replaced. OSError if it
-    can't be written."""
+    """Write a text, or let content(path) write, then rename: a good file is never half replaced. OSError if
+    it cannot be written."""
     temporary = Path(f"{path}.tmp")
     try:
         content(temporary) if callable(content) else temporary.write_text(content, encoding="utf-8")

@@ -675,6 +675,15 @@ def test_sql_prompt():
                                   "Tables: CREATE TABLE t (a INT);\nSQL:", " SELECT COUNT(*) FROM t")
 
 
+def test_rows_without_a_query_are_skipped_and_counted(tmp_path):
+    path = write(tmp_path / "sql.jsonl", [SQL, SQL | {"sql": None}, SQL | {"sql": " "}, SQL])
+    assert load_rows("sql", "train", path) == ([SQL, SQL], 2)
+    with pytest.raises(ValueError, match="line 2: field sql is not a string"):
+        load_rows("sql", "train", write(path, [SQL, SQL | {"sql": 3}]))
+    with pytest.raises(ValueError, match="line 1: field sql_database is not a string"):
+        load_rows("sql", "train", write(path, [SQL | {"sql_database": {"a": 1}}]))
+
+
 @pytest.mark.parametrize("task, row", [("fact", ROW), ("med", MED), ("sql", SQL)])
 def test_evaluation_asks_with_the_tokens_that_training_saw(small, task, row):
     _, spec, t = small
