@@ -276,7 +276,7 @@ def train(model, optimizer, examples, a, log=print, held_out=None, save=None, st
             log(f"step {step + 1:4d}/{total}  {line}", dict(step=step + 1, **record))
             model.train()
             clock += time.perf_counter() - start                            # not training time
-        if saving:
+        if saving or save and save.asked and step == total - 1:
             save(step + 1, joined(history))
     model.eval()
     return joined(history)

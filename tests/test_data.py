@@ -11,6 +11,7 @@ import random
 import sqlite3
 import threading
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import pyarrow
@@ -612,6 +613,99 @@ def test_a_hub_that_cannot_be_reached_is_one_clear_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match="cannot download https://.*/datasets/gretelai/.*--eval-data"):
         load_rows("sql", "train")
+
+
+# ---------------------------------------------------------------------------------------------------- fuzzing
+
+PIECES = ["", " ", "a", "{}", "\x00", "\ud800", "\udfff", "é", "e\u0301", "\u202e", "🙂", "ÿ", "<|endoftext|>",
+          "<eos>", "\r\n", "'", ";", "--", "/*", "```", "\ufeff", "\u2028", "A" * 300, " " * 50, "١٢", "\U000e0041"]
+
+
+def random_text(rng):
+    return "".join(rng.choice(PIECES) if rng.random() < 0.5 else chr(rng.choice([rng.randrange(128),
+                   rng.randrange(0x3000), rng.randrange(0x110000)])) for _ in range(rng.randrange(12)))
+
+
+def random_json(rng, depth=0):
+    kind = rng.randrange(9 if depth < 3 else 7)
+    inner = [random_json(rng, depth + 1) for _ in range(rng.randrange(3))] if kind > 6 else []
+    number = rng.random() * 10 ** rng.randrange(-300, 300)
+    return [None, True, rng.randrange(-3, 8), number, random_text(rng), 10 ** 400, float("nan"), inner,
+            {random_text(rng): x for x in inner}][kind]
+
+
+def mutated(rng, value):
+    """A copy with one place changed: gone, replaced, renamed, or filled with odd text."""
+    if isinstance(value, (dict, list)) and value and rng.random() < 0.8:
+        keys = list(value) if isinstance(value, dict) else range(len(value))
+        key, new = rng.choice(keys), value.copy()
+        if rng.random() < 0.2:
+            del new[key]
+        else:
+            new[key] = mutated(rng, value[key])
+        return new
+    if isinstance(value, str) and rng.random() < 0.6:
+        return random_text(rng) + value[rng.randrange(len(value) + 1):] + random_text(rng)
+    return random_json(rng)
+
+
+def test_100_000_malformed_rows_are_kept_skipped_and_counted_or_refused_by_name(monkeypatch):
+    rng, tokenizer, ends = random.Random(0), Tokenizer.from_file("toy"), Counter()
+    for name, good in (("fact", ROW), ("med", MED | {"cop": 0}), ("sql", SQL)):
+        task = data.TASKS[name]
+        for _ in range(33_334):
+            row = mutated(rng, good)
+            row = mutated(rng, row) if rng.random() < 0.3 else row
+            monkeypatch.setattr(data, "read_rows", lambda path: [("f line 1", good), ("f line 2", row)])
+            try:
+                kept, skipped = load_rows(name, "train", "f")
+            except ValueError as e:
+                assert str(e).startswith(("f line 1: field", "f line 2: field")), e
+                ends[name, "refused"] += 1
+                continue
+            assert len(kept) + skipped == 2 and kept[0] == good
+            for row in kept[1:]:
+                pair = task.pair(row)
+                if sum(map(len, pair)) < 2000:
+                    try:
+                        question = data.ask(tokenizer, task, row)
+                        assert question.prompt == encode(tokenizer, *pair).ids[:len(question.prompt)]
+                    except ValueError as e:
+                        assert "an empty prompt" in str(e)
+            ends[name, "skipped" if skipped else "kept"] += 1
+    assert sum(ends.values()) == 100_002
+    assert min(ends[name, end] for name in data.TASKS for end in ("kept", "refused")) > 5000
+    assert ends["med", "skipped"] > 50 and ends["sql", "skipped"] > 50 and ends["fact", "skipped"] == 0
+
+
+def test_100_000_odd_strings_are_encoded_and_come_back():
+    rng, tokenizer = random.Random(1), Tokenizer.from_file("toy")
+    for _ in range(100_000):
+        text = random_text(rng)
+        clean = unicodedata.normalize("NFC", text)          # then surrogates pair up, or become U+FFFD
+        clean = clean.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == clean
+        assert tokenizer.eos_id not in ids
+
+
+def test_files_of_broken_bytes_are_read_or_refused_by_name(tmp_path):
+    rng, ends = random.Random(2), Counter()
+    for kind in ("a.json", "a.jsonl", "a.jsonl.gz", "a.parquet"):
+        good = write(tmp_path / kind, [MED | {"cop": i % 4} for i in range(5)]).read_bytes()
+        for _ in range(500):
+            bad = bytearray(good)
+            for _ in range(rng.randrange(1, 6)):
+                at = rng.randrange(len(bad))
+                bad[at:at + rng.randrange(3)] = rng.randbytes(rng.randrange(3))
+            (tmp_path / kind).write_bytes(bad[:rng.randrange(len(bad))] if rng.random() < 0.3 else bad)
+            try:
+                rows, skipped = load_rows("med", "train", tmp_path / kind)
+                ends["read"] += 1
+            except ValueError as e:
+                assert kind in str(e)
+                ends["refused"] += 1
+    assert ends["read"] > 20 and ends["refused"] > 500
 
 
 # --------------------------------------------------------------------------------------------------- med task

@@ -39,7 +39,8 @@ SAME = [
     ("SELECT 12345678901", "SELECT 12345678901.000002"),
     ("SELECT 1234567891.0 UNION ALL SELECT 5e-18", "SELECT 0.0 UNION ALL SELECT 1234567891.0000002"),
     ("SELECT 1000000001 UNION ALL SELECT 1000000002", "SELECT 1000000002 UNION ALL SELECT 1000000001"),
-    ("SELECT '' UNION ALL SELECT 'a' UNION ALL SELECT x''", "SELECT 'a' UNION ALL SELECT x'' UNION ALL SELECT ''"),
+    ("SELECT '' UNION ALL SELECT 'a' UNION ALL SELECT x''",
+     "SELECT 'a' UNION ALL SELECT x'' UNION ALL SELECT ''"),
     ("SELECT 2, NULL UNION ALL SELECT 1, 'a' UNION ALL SELECT NULL, x'00' UNION ALL SELECT '1', 1",
      "SELECT '1', 1 UNION ALL SELECT 1, 'a' UNION ALL SELECT 2, NULL UNION ALL SELECT NULL, x'00'"),
     ("SELECT 1e300 * 1e300", "SELECT 9e999"),
@@ -235,16 +236,17 @@ def test_a_killed_child_is_counted(monkeypatch):
 
 
 def test_children_side_by_side_keep_the_order():
-    rows = [(f"CREATE TABLE t (a INT); INSERT INTO t VALUES ({i})", f"SELECT {i}", "SELECT a FROM t WHERE a % 3")
-            for i in range(20)]
+    rows = [(f"CREATE TABLE t (a INT); INSERT INTO t VALUES ({i})", f"SELECT {i}",
+             "SELECT a FROM t WHERE a % 3") for i in range(20)]
     verdicts = data.execute_in_parallel(rows, 3)
-    assert [v["match"] for v in verdicts] == [i % 3 > 0 for i in range(20)] and verdicts == execute_pairs(rows)
+    assert [v["match"] for v in verdicts] == [i % 3 > 0 for i in range(20)]
+    assert verdicts == execute_pairs(rows)
 
 
 def test_the_larger_database_tells_apart_what_a_small_one_does_not():
     rows = [dict(sql="SELECT max(a) FROM u", sql_context="CREATE TABLE u (a INT); INSERT INTO u VALUES (1);",
                  sql_database="CREATE TABLE u (a INT); INSERT INTO u VALUES (1), (2);"),
-            dict(sql="SELECT b FROM u", sql_context="CREATE TABLE u (b INT)", sql_database="CREATE TABLE u (a)"),
+            dict(sql="SELECT b FROM u", sql_context="CREATE TABLE u (b)", sql_database="CREATE TABLE u (a)"),
             dict(sql="SELECT 1", sql_context="", sql_database=None)]
     first, second, third = sql_metrics(rows, None, ["SELECT a FROM u LIMIT 1", "SELECT b FROM u", "SELECT 1"])
     assert first["execution"] == 1 and first["execution on the database"] == 0
