@@ -539,10 +539,12 @@ def test_a_signal_saves_and_leaves(number, code, tmp_path):
 
 def test_a_second_signal_leaves_at_once(tmp_path):
     a, model, optimizer, checkpoints = setup("fft", 0, tmp_path)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), checkpoints:
         signal.raise_signal(signal.SIGINT)
         assert checkpoints.asked == signal.SIGINT                           # the first one only asks
         signal.raise_signal(signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
 def test_only_the_newest_checkpoints_are_kept_and_a_torn_one_is_passed_over(tmp_path, capsys):
