@@ -4,6 +4,7 @@
     python train.py --task sql --method lora                            # or fact, med; fft, molf, molf-e
     python train.py --model Qwen/Qwen2.5-0.5B --task med                # a hub model on MedMCQA
     python train.py --model DIR --task sql --data train.parquet --eval-data test.parquet --out runs/mine
+    python train.py --resume --out runs/mine                            # go on where it was stopped
     python train.py --eval-only runs/mine                               # or any checkpoint: train nothing
     python train.py --model DIR --task sql --dry-run                    # counts, bytes, steps; loads nothing
 """
@@ -270,12 +271,12 @@ def train(model, optimizer, examples, a, log=print, held_out=None, save=None, st
                 f"full {share:4.0%}  {moved}{f'{speed:,.0f}' if speed else '-'} tok/s  "
                 f"eta {int(left) // 60}:{int(left) % 60:02d}  {record['peak_gb']:.1f} GB", record)
         if held_out and (step + 1) % a.eval_every == 0:
-            start = time.perf_counter()
+            pause = time.perf_counter()
             model.eval()
             line, record = held_out()
             log(f"step {step + 1:4d}/{total}  {line}", dict(step=step + 1, **record))
             model.train()
-            clock += time.perf_counter() - start                            # not training time
+            clock += time.perf_counter() - pause                            # not training time
         if saving or save and save.asked and step == total - 1:
             save(step + 1, joined(history))
     model.eval()
@@ -369,7 +370,7 @@ class Checkpoints:
             state.setdefault(int(i), {})[key] = t
         self.optimizer.load_state_dict({"state": state, "param_groups": json.loads(header["param_groups"])})
         torch.set_rng_state(tensors["rng"])
-        if self.a.device.startswith("cuda"):
+        if self.a.device.startswith("cuda") and "rng cuda" in tensors:     # (it may have begun on a CPU)
             torch.cuda.set_rng_state(tensors["rng cuda"])
         return int(header["step"]), {key: tensors[key] for key in ("winners", "scores")}
 
