@@ -98,7 +98,16 @@ def parse_args(argv=None):
     add("--seed", type=int, default=42, help="of experts, order of the data and dropout (default: 42)")
     add("--log-every", type=int, default=10, help="steps between log lines (default: 10)")
     add("--dry-run", action="store_true", help="print counts, bytes by kind, number of steps; then stop")
-    a = p.parse_args(argv)
+
+    def parsed():
+        a = p.parse_args(argv)
+        if Path(a.model).resolve() == Path(__file__).resolve().parent / "toy":
+            a.model = "toy"
+        return a
+
+    a = parsed()
+    if a.resume and (a.eval_only or a.overwrite):
+        p.error("--resume goes on with a run: neither --eval-only nor --overwrite goes with it")
     if a.eval_only:
         folder = Path(a.eval_only)
         flags = run_flags(folder) or run_flags(folder.parent) if folder.name == "model" else run_flags(folder)
@@ -107,18 +116,16 @@ def parse_args(argv=None):
                     "--eval-only trains nothing that --dry-run could count" if a.dry_run else
                     f"--eval-only {a.eval_only}: a run that did not finish, it has no model/")
         p.set_defaults(**{k: flags[k] for k in EVALUATION_FLAGS if k in flags})
-        a = p.parse_args(argv)
+        a = parsed()
         a.model = a.eval_only
     if a.resume:
         flags = run_flags(a.out or p.error("--resume wants --out DIR, the run to go on with"))
         p.set_defaults(**{k: v for k, v in flags.items() if k not in OF_THIS_CALL})
-        a = p.parse_args(argv)
+        a = parsed()
         changed = [k for k in flags if k not in MAY_CHANGE and getattr(a, k) != flags[k]]
         if changed:
             names = ", ".join(f"--{k.replace('_', '-')}" for k in changed)
             p.error(f"--resume goes on with the flags of {a.out}, so {names} must stay as they were")
-    if Path(a.model).resolve() == Path(__file__).resolve().parent / "toy":
-        a.model = "toy"
     a.data = a.data or ("toy" if a.model == "toy" else "hub")
     if a.eval_data is None:
         if a.task != "fact" and a.data not in ("hub", "toy"):
@@ -241,7 +248,7 @@ def train(model, optimizer, examples, a, log=print, held_out=None, save=None, st
         rates = {kind: optimizer.param_groups[i]["lr"] for kind, i in kinds.items()}
         ok = ok & (loss + norm).isfinite()
         optimizer.step(ok=ok)                   # moments, scores, winners
-        saving = save and ((step + 1) % a.save_every == 0 or save.asked)
+        saving = save and ((step + 1) % a.save_every == 0 or step == total - 1 or save.asked)
         logging = (step + 1) % a.log_every == 0 or step in (first, total - 1) or saving
         changed = fold(model, count=logging)    # the winners' new weights -> the one that the forward uses
         optimizer.zero_grad()
@@ -277,7 +284,7 @@ def train(model, optimizer, examples, a, log=print, held_out=None, save=None, st
             log(f"step {step + 1:4d}/{total}  {line}", dict(step=step + 1, **record))
             model.train()
             clock += time.perf_counter() - pause                            # not training time
-        if saving or save and save.asked and step == total - 1:
+        if saving:
             save(step + 1, joined(history))
     model.eval()
     return joined(history)
@@ -335,7 +342,7 @@ class Checkpoints:
         tensors |= {f"optimizer.{i}.{key}": t for i, s in state["state"].items() for key, t in s.items()}
         tensors["rng"] = torch.get_rng_state()
         if self.a.device.startswith("cuda"):
-            tensors["rng cuda"] = torch.cuda.get_rng_state()
+            tensors["rng cuda"] = torch.cuda.get_rng_state(self.a.device)
         header = {"step": str(step), "param_groups": json.dumps(state["param_groups"])}
         self.folder.mkdir(exist_ok=True)
         tensors = {name: t.contiguous() for name, t in tensors.items()}
@@ -360,6 +367,7 @@ class Checkpoints:
                 break
             except SafetensorError as e:
                 print(f"{file} is not whole ({e}): trying the one before it")
+                file.rename(file.with_suffix(".torn"))
         else:
             return None
         part = lambda start: {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)}
@@ -371,7 +379,7 @@ class Checkpoints:
         self.optimizer.load_state_dict({"state": state, "param_groups": json.loads(header["param_groups"])})
         torch.set_rng_state(tensors["rng"])
         if self.a.device.startswith("cuda") and "rng cuda" in tensors:     # (it may have begun on a CPU)
-            torch.cuda.set_rng_state(tensors["rng cuda"])
+            torch.cuda.set_rng_state(tensors["rng cuda"], self.a.device)
         return int(header["step"]), {key: tensors[key] for key in ("winners", "scores")}
 
     def __enter__(self):
@@ -588,10 +596,7 @@ def main(argv=None):
         out, source = Path(a.out), find_checkpoint(a.model)
         if out.exists() and not out.is_dir():
             raise FileExistsError(f"--out {out} is a file")
-        if (out / "results.json").exists() and not (a.overwrite or a.dry_run):
-            raise FileExistsError(f"{out} holds a finished run: give another --out, or --overwrite")
-        if any((out / "checkpoints").glob("*")) and not (a.overwrite or a.resume or a.dry_run):
-            raise FileExistsError(f"{out} holds an unfinished run: --resume goes on, --overwrite starts anew")
+        refuse_to_replace(out, a)
         if (out / "config.json").exists() and not run_flags(out) or a.eval_only and (out / "model").exists():
             raise FileExistsError(f"--out {out} holds a model: give another")
         table = out.parent / "results.csv"
@@ -617,6 +622,7 @@ def main(argv=None):
         return
     try:
         with only_one(out):
+            refuse_to_replace(out, a)       # again: another process may have finished while this one loaded
             run(model, tokenizer, rows, a, out)
     except FloatingPointError as e:
         model.save_pretrained(out / "last-good")
@@ -625,6 +631,13 @@ def main(argv=None):
                  f"checkpoint: {saved[-1] if saved else 'none'}")
     except OSError as e:
         sys.exit(f"error: {e}")
+
+
+def refuse_to_replace(out, a):
+    if (out / "results.json").exists() and not (a.overwrite or a.dry_run):
+        raise FileExistsError(f"{out} holds a finished run: give another --out, or --overwrite")
+    if any((out / "checkpoints").glob("*")) and not (a.overwrite or a.resume or a.dry_run):
+        raise FileExistsError(f"{out} holds an unfinished run: --resume goes on, --overwrite starts anew")
 
 
 def prepare(model, rows, a):
@@ -648,6 +661,7 @@ def run(model, tokenizer, rows, a, out):
             shutil.rmtree(out / old, ignore_errors=True)
         for old in (out / "results.json", first_metrics):
             old.unlink(missing_ok=True)
+        save_safely(out / "config.json", json.dumps(dict(flags=vars(a))) + "\n")     # for --resume
     if first_metrics.exists():                                  # --resume
         before = json.loads(first_metrics.read_text())
     else:
@@ -685,7 +699,7 @@ def run(model, tokenizer, rows, a, out):
                             start)
             seconds = time.perf_counter() - begin
     names = optimizer.module_names
-    del optimizer                                           # its moments make room for the export
+    del optimizer, checkpoints                              # its moments make room for the export
     metadata = {"modules": json.dumps(names)}
     save_safely(out / "routing.safetensors", lambda path: save_file(routing, path, metadata))
     after, predictions = evaluate(model, tokenizer, task, rows.questions, a.max_tokens)

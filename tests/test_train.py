@@ -454,7 +454,7 @@ def test_a_run_resumed_on_a_gpu_has_the_same_losses(method, tmp_path):
 
     def go(seed, out, start_from=None):
         torch.manual_seed(seed)
-        a = flags(method=method, epochs=3, batch_size=4, save_every=5, log_every=1, device="cuda")
+        a = flags(method=method, epochs=3, batch_size=4, save_every=5, keep=2, log_every=1, device="cuda")
         model = Transformer.from_pretrained("toy", torch.bfloat16, "cuda")
         add_experts(model, () if method == "fft" else (2, 4), 12, method in ("fft", "molf"))
         optimizer = MoLFAdamW(param_groups(model, 1e-3, 1e-3))
@@ -464,6 +464,7 @@ def test_a_run_resumed_on_a_gpu_has_the_same_losses(method, tmp_path):
                     save=None if start_from else checkpoints, start=start)
         return losses, checkpoints
     losses, checkpoints = go(0, tmp_path)
+    checkpoints.files()[-1].unlink()                    # that of the last step: go on from the one before
     again, _ = go(1, tmp_path, True)
     assert len(losses) == 12 and again == pytest.approx(losses[10:], rel=0.02)
 
@@ -556,6 +557,7 @@ def test_only_the_newest_checkpoints_are_kept_and_a_torn_one_is_passed_over(tmp_
     newest = checkpoints.files()[-1]
     newest.write_bytes(newest.read_bytes()[:-100])
     assert checkpoints.load()[0] == 5 and f"{newest.name} is not whole" in capsys.readouterr().out
+    assert [f.name for f in checkpoints.files()] == ["step-000000005.safetensors"]
     for file in checkpoints.files():
         file.unlink()
     assert checkpoints.load() is None
@@ -598,6 +600,12 @@ def test_to_resume_with_other_flags_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
         main("--resume", "--out", tmp_path, "--lr", 3e-3, "--log-every", 7)
     assert e.value.code == 2 and "so --lr must stay as they were" in capsys.readouterr().err
+    for extra in (["--overwrite"], ["--eval-only", tmp_path]):
+        with pytest.raises(SystemExit) as e:
+            main("--resume", "--out", tmp_path, *extra)
+        assert e.value.code == 2 and "neither --eval-only nor --overwrite" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="a finished run"):             # the same flags, said again
+        main("--resume", "--out", tmp_path, "--model", TOY, "--limit", 8)
     with pytest.raises(SystemExit) as e:
         main("--resume")
     assert e.value.code == 2 and "--resume wants --out DIR" in capsys.readouterr().err
