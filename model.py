@@ -38,6 +38,8 @@ from torch.utils.checkpoint import checkpoint
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LOGIT_ROWS = 2048       # rows of logits alive at once in the loss: 2048 x 262k (Gemma) in fp32 is 2 GiB
+# torch 2.11 shares key heads among query heads unasked; later versions want to be told
+GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 # ------------------------------------------------------------------------------------------------------------
 # configuration: a Hugging Face config.json, old or new spelling
@@ -130,23 +132,24 @@ def rope_of(raw, layer_type, gemma):
 # who attends to whom: packed sequences, and a cache for generation
 
 class Packed:
-    """S sequences end to end in one row of N tokens. A token sees its own sequence up to itself."""
+    """S sequences end to end in one row of N tokens. A token sees its own sequence up to itself.
+    lengths: of the sequences, 0 allowed. max_len: of the longest, or more."""
 
-    def __init__(self, lengths, device="cpu"):
+    def __init__(self, lengths, device="cpu", max_len=None):
         n = torch.tensor(lengths)               # (S,) on the CPU: on a GPU repeat_interleave would be a sync
         cu_seqlens = F.pad(n.cumsum(0), (1, 0))
         seq = torch.repeat_interleave(torch.arange(len(n)), n)
         pos = torch.arange(len(seq)) - cu_seqlens[seq]
-        self.max_len = max(lengths)
+        self.max_len = max_len or max(lengths)
         self.cu_seqlens = cu_seqlens.int().to(device, non_blocking=True)                    # (S + 1,)
         self.seq, self.pos = (t.to(device, non_blocking=True) for t in (seq, pos))          # (N,), (N,)
 
-    def attend(self, q, k, v, layer, scale, window):
-        """q (N, H, D), k and v (N, Hkv, D) -> (N, H, D); window 0 means no window."""
+    def attend(self, q, k, v, layer):
+        """q (N, H, D), k and v (N, Hkv, D) -> (N, H, D), with the scale and window of `layer`, an Attention."""
+        scale, window = layer.scale, layer.window
         if q.is_cuda and q.dtype != torch.float32:
-            gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
             return varlen_attn(q, k, v, self.cu_seqlens, self.cu_seqlens, self.max_len, self.max_len,
-                               scale=scale, window_size=(window - 1 if window else -1, 0), **gqa)
+                               scale=scale, window_size=(window - 1 if window else -1, 0), **GQA)
         # Elsewhere sequences are padded for this one operation, on the right: every row sees at least itself
         # (one that sees nothing would be NaN: pytorch/pytorch#103749), and a causal mask is all it takes.
         L = self.max_len
@@ -177,16 +180,17 @@ class KVCache:
         self.pos = self.prompts.cu_seqlens.diff().long()                                    # (B,)
         self.seq, self.prompts = torch.arange(len(self.pos), device=self.pos.device), None
 
-    def attend(self, q, k, v, layer, scale, window):
-        keys, values = self.kv[layer]                                                       # (B, Hkv, T, D)
+    def attend(self, q, k, v, layer):
+        window, (keys, values) = layer.window, self.kv[layer.index]                         # (B, Hkv, T, D)
         keys[self.seq, :, self.pos], values[self.seq, :, self.pos] = k, v
         if self.prompts is not None:
-            return self.prompts.attend(q, k, v, layer, scale, window)
+            return self.prompts.attend(q, k, v, layer)
         t, pos = torch.arange(keys.shape[2], device=q.device), self.pos[:, None]
         mask = (t <= pos) & (t > pos - window) if window else t <= pos                      # (B, T)
         # Query heads that share a key head become that head's queries: keys and values need no copies.
         q = q.unflatten(1, (keys.shape[1], -1))                                         # (B, Hkv, H/Hkv, D)
-        return F.scaled_dot_product_attention(q, keys, values, mask[:, None, None], scale=scale).flatten(1, 2)
+        mask = mask[:, None, None]
+        return F.scaled_dot_product_attention(q, keys, values, mask, scale=layer.scale).flatten(1, 2)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -224,15 +228,14 @@ class Attention(nn.Module):
         if c.gemma:
             self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, True)
             self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, True)
-        self.layer, self.head_dim, self.scale, self.gemma = layer, c.head_dim, c.softmax_scale, c.gemma
-        self.window = c.sliding_window if c.layer_types[layer] == "sliding_attention" else 0
+        self.index, self.head_dim, self.scale, self.gemma = layer, c.head_dim, c.softmax_scale, c.gemma
+        self.window = c.sliding_window if c.layer_types[layer] == "sliding_attention" else 0    # 0: none
 
     def forward(self, x, rope, layout):
         q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.q_proj, self.k_proj, self.v_proj))
         if self.gemma:
             q, k = self.q_norm(q), self.k_norm(k)
-        y = layout.attend(rotate(q, *rope), rotate(k, *rope), v, self.layer, self.scale, self.window)
-        return self.o_proj(y.flatten(1))
+        return self.o_proj(layout.attend(rotate(q, *rope), rotate(k, *rope), v, self).flatten(1))
 
 
 class MLP(nn.Module):
@@ -283,6 +286,7 @@ class Transformer(nn.Module):
             if p.dim() == 2:
                 nn.init.normal_(p, std=c.raw.get("initializer_range", 0.02))
         self.checkpointing = False      # recompute each block in the backward pass: slower, far less memory
+        self.train_block = Block.__call__       # train.py puts a compiled one here
 
     def hidden(self, ids, layout):
         """ids (N,) -> the final normed hidden states (N, C)."""
@@ -294,11 +298,15 @@ class Transformer(nn.Module):
             half = torch.arange(0, c.head_dim, 2, device=ids.device, dtype=torch.float32) / c.head_dim
             angle = layout.pos[:, None, None] * (theta ** -half / factor)               # (N, 1, D/2), fp32
             rope[kind] = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        run = self.train_block if self.training else Block.__call__
         for block, kind in zip(self.model["layers"], c.layer_types):
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope[kind], layout, use_reentrant=False)
+                # a CUDA graph can't wind the random state back: train.py refuses dropout there
+                rewind = not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+                x = checkpoint(run, block, x, rope[kind], layout, use_reentrant=False,
+                               preserve_rng_state=rewind)
             else:
-                x = block(x, rope[kind], layout)
+                x = run(block, x, rope[kind], layout)
         return self.model["norm"](x)
 
     @property
@@ -317,13 +325,14 @@ class Transformer(nn.Module):
     def loss(self, ids, layout, where, labels):
         """Sum (not mean) of the cross-entropy in fp32: the token at where[i] of the row predicts labels[i].
         Divided by the targets of the whole optimizer batch, any cut into micro-batches gives one gradient.
-        Only target positions meet the vocabulary, LOGIT_ROWS at a time."""
+        Only target positions meet the vocabulary, LOGIT_ROWS at a time. A label of -100 counts for nothing."""
         def cross_entropy(x, y):
             return F.cross_entropy(self.logits(x).float(), y, reduction="sum")
         pieces = list(zip(self.hidden(ids, layout)[where].split(LOGIT_ROWS), labels.split(LOGIT_ROWS)))
         if len(pieces) == 1:
             return cross_entropy(*pieces[0])
-        return sum(checkpoint(cross_entropy, x, y, use_reentrant=False) for x, y in pieces)
+        return sum(checkpoint(cross_entropy, x, y, use_reentrant=False, preserve_rng_state=False)
+                   for x, y in pieces)
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, eos_ids=(), temperature=0.0, generator=None):
@@ -447,6 +456,8 @@ class MoLFLinear(nn.Linear):
         self.B = nn.ParameterList(torch.zeros(self.out_features, r, **new) for r in ranks)      # (out, r)
         for a in self.A:
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))         # U(-1/sqrt(in), 1/sqrt(in))
+        for p in (*self.A, *self.B):
+            p.grad_dtype = None                 # takes its gradient as it is: bf16 on a GPU, as a bf16 G gives it
         self.weight.requires_grad_(full)
         if self.folded:
             self.full = nn.Parameter(self.weight.detach().to(torch.float32, copy=True))         # (out, in)
@@ -462,6 +473,9 @@ class MoLFLinear(nn.Linear):
         """All LoRA experts as one of rank R = sum r_i: A (R, in), and B (out, R) with the scales inside."""
         return torch.cat(list(self.A)), torch.cat([s * b for s, b in zip(self.scales, self.B)], dim=1)
 
+    def matrices(self):
+        return [a.detach() for a in self.A], [b.detach() for b in self.B]
+
     def merged(self):
         """W_eff. Folded: the weight that training ran with, bit for bit. Else summed in fp32."""
         if self.folded or not self.ranks:
@@ -474,7 +488,8 @@ class MoLFLinear(nn.Linear):
         if self.folded or not self.ranks:
             return y
         a, b = self.stacked()
-        x = F.dropout(x, self.dropout, self.training)
+        if self.dropout:
+            x = F.dropout(x, self.dropout, self.training)
         return y + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
 
 
@@ -508,31 +523,46 @@ def folded_layers(model):
     return [m for m in model.modules() if isinstance(m, MoLFLinear) and m.folded]
 
 
+def unfold_layer(G, scales, A, B):
+    """G (out, in) -> [dL/dA_i (r, in)], [dL/dB_i (out, r)], in G's dtype, as autograd has it in two paths."""
+    return ([(s * b).to(G.dtype).T @ G for s, b in zip(scales, B)],             # dL/dA = s B' G
+            [G @ (s * a).to(G.dtype).T for s, a in zip(scales, A)])             # dL/dB = s G A'
+
+
+def fold_layer(weight, full, scales, A, B, count):
+    """weight <- W + sum s B A, in place. The products are made in the weight's dtype, with fp32 sums inside:
+    they are small beside W, and their rounding beside the sum's. count: -> how many of the weights changed"""
+    new = full
+    for s, a, b in zip(scales, A, B):
+        new = new + (s * b).to(weight.dtype) @ a.to(weight.dtype)
+    new = new.to(weight.dtype)
+    changed = (new != weight).sum() if count else None
+    weight.copy_(new)
+    return changed
+
+
 @torch.no_grad()
-def unfold(model):
+def unfold(model, run=unfold_layer):
     """One G -> the exact gradient of every expert. Call it between backward and the optimizer's step."""
     for layer in folded_layers(model):
         G, layer.weight.grad = layer.weight.grad, None                      # (out, in)
-        if G is None:
-            continue                                                        # it took no part in the loss
-        layer.full.grad = G                                                 # dL/dW = G
-        for s, a, b in zip(layer.scales, layer.A, layer.B):
-            g = G.to(a.dtype)
-            b.grad = s * (g @ a.T)                                          # dL/dB = s G A'   (out, r)
-            a.grad = s * (b.T @ g)                                          # dL/dA = s B' G   (r, in)
+        if G is not None:                                                   # else it took no part in the loss
+            layer.full.grad = G                                             # dL/dW = G
+            for params, grads in zip((layer.A, layer.B), run(G, layer.scales, *layer.matrices())):
+                for p, grad in zip(params, grads):
+                    p.grad = grad
 
 
 @torch.no_grad()
-def fold(model, count=False):
-    """weight <- W + sum s B A, in fp32 and rounded once. Call it after the optimizer's step.
+def fold(model, count=False, run=fold_layer):
+    """weight <- W + sum s B A. Call it after the optimizer's step.
     count: -> the share of the weights that changed, 0-d, on the device; None on a frozen base."""
-    changed, total = 0, 0
-    for layer in folded_layers(model):
-        new = torch.addmm(layer.full, *reversed(layer.stacked())) if layer.ranks else layer.full
-        if count:
-            changed, total = changed + (new.to(layer.weight.dtype) != layer.weight).sum(), total + new.numel()
-        layer.weight.copy_(new)
-    return changed / total if total else None
+    layers = folded_layers(model)
+    changed = []
+    for x in layers:
+        one = run if x.ranks else fold_layer        # a mere copy is nothing to compile
+        changed.append(one(x.weight.detach(), x.full.detach(), x.scales, *x.matrices(), count))
+    return sum(changed) / sum(x.weight.numel() for x in layers) if count and layers else None
 
 
 # ------------------------------------------------------------------------------------------------------------

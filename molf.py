@@ -14,6 +14,7 @@ plain AdamW step. All arithmetic is fp32; a parameter in bf16 has an fp32 master
 
     python molf.py                              # a demonstration: which expert wins where, rule by rule
 """
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -24,10 +25,10 @@ import torch
 
 class Expert(NamedTuple):
     """What a rule sees; it must change nothing. The lists run over the expert's matrices: [W] of a full
-    expert, [A, B] of a LoRA expert. All are fp32, but for the gradient of W: that has the model's dtype."""
+    expert, [A, B] of a LoRA expert. All are fp32."""
     kind: str           # "full" or "lora"
     w: list             # parameters: W (out, in), or A (r, in) and B (out, r)
-    g: list             # gradients of this step
+    g: list             # gradients of this step, clipped
     m: list             # Adam moments with this step's gradient in them, without bias correction
     v: list
     m_before: list      # and as they were before it
@@ -41,20 +42,25 @@ class Expert(NamedTuple):
         return sum(w.numel() for w in self.w)
 
 
+def total(matrices):
+    """The sum of all their entries, 0-d. By rows first: so the compiled pass needs to read them only once."""
+    return torch.cat([x.sum(dim=-1) for x in matrices]).sum()
+
+
 def epd(e):
     """The paper's rule: S = lr/N sum m^2 / (sqrt(v) + eps), the fall of the loss that the step
     m / (sqrt(v) + eps) promises, per parameter. It depends on matrix shapes and on both learning rates."""
-    return e.lr / e.numel * sum((m.square() / (v.sqrt() + e.eps)).sum() for m, v in zip(e.m, e.v))
+    return e.lr / e.numel * total(m.square() / (v.sqrt() + e.eps) for m, v in zip(e.m, e.v))
 
 
 def pfn(e):
     """The paper's scale-free ablation: S = root mean square of the step m / (sqrt(v) + eps)."""
-    return (sum((m / (v.sqrt() + e.eps)).square().sum() for m, v in zip(e.m, e.v)) / e.numel).sqrt()
+    return (total((m / (v.sqrt() + e.eps)).square() for m, v in zip(e.m, e.v)) / e.numel).sqrt()
 
 
 def snr(e):
     """S = sum m^2 / sum v: how much of the gradient is signal, not noise. Free of shape and learning rate."""
-    return sum(m.square().sum() for m in e.m) / (sum(v.sum() for v in e.v) + 1e-30)
+    return total(m.square() for m in e.m) / (total(e.v) + 1e-30)
 
 
 def align(e):
@@ -62,9 +68,9 @@ def align(e):
     S = g.u / |dW_eff(u)|, u = m / (sqrt(v) + eps) from before this step. For LoRA dW_eff = s (u_B A + B u_A);
     r x r Gram matrices give its norm, so no (out, in) matrix is made."""
     u = [m / (v.sqrt() + e.eps) for m, v in zip(e.m_before, e.v_before)]
-    gain = sum((g.float() * x).sum() for g, x in zip(e.g, u))
+    gain = total(g * x for g, x in zip(e.g, u))
     if e.kind == "full":
-        square = u[0].square().sum()
+        square = total([u[0].square()])
     else:
         (a, b), (ua, ub) = e.w, u
         square = e.scale ** 2 * (((ub.T @ ub) * (a @ a.T)).sum() + ((b.T @ b) * (ua @ ua.T)).sum()
@@ -101,7 +107,6 @@ def route(scores, top_k):
 
 def adam_moments(g, m, v, beta1, beta2):
     """-> the moments with gradient g in them; m and v stay as they are."""
-    g = g.float()
     return torch.lerp(m, g, 1 - beta1), (v * beta2).addcmul_(g, g, value=1 - beta2)
 
 
@@ -110,13 +115,44 @@ def adamw(w, m, v, decay, step_size, correction, eps):
     return (w * decay).sub_((m * step_size).div_(v.sqrt().div_(correction).add_(eps)))
 
 
+# The two passes over memory, one expert (or one parameter that is not routed) at a time. Lists run over its
+# matrices; what is written is written in place, and only where a 0-d bool on the device says so.
+
+def observe(score, kind, w, g, m, v, hyper, ok, clip, scale, betas, eps):
+    """First pass: the gradients g into the moments m and v, where ok. -> the score, 0-d; None without a rule."""
+    g = [x.float() if clip is None else x.float() * clip for x in g]
+    now = [adam_moments(*x, *betas) for x in zip(g, m, v)]
+    m_now, v_now = [x for x, _ in now], [x for _, x in now]
+    value = score and score(Expert(kind, w, g, m_now, v_now, m, v, hyper[0], scale, eps))
+    for old, new in zip(m + v, m_now + v_now):
+        old.copy_(torch.where(ok, new, old))
+    return value
+
+
+def move(w, copies, m, v, hyper, wins, eps):
+    """Second pass: the AdamW step where the expert wins; a loser keeps its very bits. `copies` are parameters
+    of a lower precision, whose masters w are."""
+    for w, copy, m, v in zip(w, copies, m, v):
+        w.copy_(torch.where(wins, adamw(w, m, v, *hyper[1:], eps), w))
+        if copy is not None:
+            copy.copy_(w)
+
+
+def observe_and_move(score, kind, w, copies, g, m, v, hyper, ok, clip, scale, betas, eps):
+    """Both in one pass, for what moves whatever its score."""
+    value = observe(score, kind, w, g, m, v, hyper, ok, clip, scale, betas, eps)
+    move(w, copies, m, v, hyper, ok, eps)
+    return value
+
+
 class MoLFAdamW(torch.optim.Optimizer):
     """AdamW with routing. `groups` come from `param_groups`: one an expert, with keys kind, module, expert
     and scale (strings and numbers, so any LR scheduler and state_dict work), and "rest" groups, not routed.
 
     score: a rule as above. top_k: how many experts of a module move at each step. A module without gradients
     sits the step out (scores NaN, no winner). step() never waits for the device.
-    optimizer.step(ok=...): a 0-d bool on the device; where it is False nothing changes at all."""
+    step(ok=..., clip=...): 0-d tensors on the device. Where ok is False nothing changes at all; clip is a
+    factor for every gradient."""
 
     def __init__(self, groups, lr=5e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, score=epd, top_k=1):
         super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, kind="rest",
@@ -137,74 +173,83 @@ class MoLFAdamW(torch.optim.Optimizer):
         if not 1 <= top_k <= n:
             raise ValueError(f"top_k is {top_k}, but a module has {n} expert{'s' * (n > 1)}: give 1 to {n}")
         self.score, self.top_k = score, top_k
+        self.observe, self.move, self.observe_and_move = observe, move, observe_and_move
         device = self.param_groups[0]["params"][0].device
         self.hyper = torch.zeros(len(self.param_groups), 4, device=device)
-        self.ok = torch.ones((), dtype=torch.bool, device=device)
+        self.true = torch.ones((), dtype=torch.bool, device=device)
         self.scores = torch.full((len(self.modules), n), torch.nan, device=device)
         self.winners = torch.zeros(len(self.modules), n, dtype=torch.bool, device=device)
+        # The same again, each group's by itself: compiled functions make a new version for every odd view.
+        self.hypers = [torch.zeros_like(row) for row in self.hyper]
+        self.wins = [torch.zeros_like(self.true) for _ in self.winners.flatten()]
+
+    def compile(self):
+        """Let torch.compile make one kernel of a pass over a matrix. The first step takes longer for it."""
+        self.observe, self.move, self.observe_and_move = (
+            torch.compile(f, dynamic=True) for f in (observe, move, observe_and_move))
 
     @torch.no_grad()
-    def step(self, closure=None, ok=None):
+    def step(self, closure=None, ok=None, clip=None):
         loss = None if closure is None else torch.enable_grad()(closure)()
-        self.refresh()
-        self.ok.fill_(True) if ok is None else self.ok.copy_(ok)
-        self.update()
+        self.refresh(self.present())
+        self.update(ok, clip)
         return loss
 
-    def refresh(self):
-        """The step's numbers, reckoned on the host in double precision, to the device in one copy."""
-        rows, groups = [], self.param_groups
-        if self.modules and all(groups[m[0]]["params"][0].grad is None for m in self.modules):
+    def present(self):
+        """For each group, whether it has a gradient: True or False."""
+        present = [any(p.grad is not None for p in group["params"]) for group in self.param_groups]
+        if self.modules and not any(present[m[0]] for m in self.modules):
             raise RuntimeError("no expert has a gradient: call unfold(model) between backward() and step()")
-        for group in groups:
-            group["t"] += any(p.grad is not None for p in group["params"])
+        return present
+
+    def refresh(self, present):
+        """The step's numbers, reckoned on the host in double precision, to the device in one copy."""
+        rows = []
+        for group, here in zip(self.param_groups, present):
+            group["t"] += here
             lr, (beta1, beta2), t = float(group["lr"]), group["betas"], max(group["t"], 1)
             rows.append([lr, 1 - lr * group["weight_decay"], lr / (1 - beta1 ** t), (1 - beta2 ** t) ** 0.5])
+        self._opt_called = True                         # what torch's LR schedulers look for
         rows = torch.tensor(rows)
         self.hyper.copy_(rows.pin_memory() if self.hyper.is_cuda else rows, non_blocking=True)
 
     @torch.no_grad()
-    def update(self):
-        """The step itself: device work only, on tensors that stay where they are."""
+    def update(self, ok=None, clip=None):
+        """The step itself: device work only, on tensors that stay where they are, so that a CUDA graph of it
+        can be replayed, each time after a refresh()."""
+        ok, everyone = self.true if ok is None else ok, self.top_k == self.scores.shape[1]
+        torch._foreach_copy_(self.hypers, list(self.hyper))
         if self.modules:
-            scores = torch.stack([self._observe(i) for module in self.modules for i in module])
-            self.scores.copy_(scores.view_as(self.scores))
+            scores = [self._pass(i, ok, clip, everyone) for module in self.modules for i in module]
+            self.scores.copy_(torch.stack(scores).view_as(self.scores))
             alive = ~self.scores.isnan().any(dim=-1, keepdim=True)
-            self.winners.copy_(route(self.scores, self.top_k) & alive & self.ok)
-        for module, won in zip(self.modules, self.winners):
-            for i, wins in zip(module, won):
-                self._move(i, wins)
+            self.winners.copy_(route(self.scores, self.top_k) & alive & ok)
+            torch._foreach_copy_(self.wins, list(self.winners.flatten()))
+        for i, wins in zip(chain(*self.modules), self.wins) if not everyone else ():
+            w, copies, _, m, v = self._tensors(i)
+            self.move(w, copies, m, v, self.hypers[i], wins, self.param_groups[i]["eps"])
         for i, group in enumerate(self.param_groups):
             if group["kind"] == "rest":
-                self._observe(i)
-                self._move(i, self.ok)
+                self._pass(i, ok, clip, True)
 
-    def _observe(self, i):
-        """Bring the moments of group i up to date. -> its score, 0-d; NaN if it is not routed or has no g."""
-        group, lr = self.param_groups[i], self.hyper[i, 0]
-        score = torch.full_like(lr, torch.nan)
-        params = [p for p in group["params"] if p.grad is not None]
-        if not params:
-            return score
-        g, w = [p.grad for p in params], [self.state[p].get("master", p) for p in params]
-        before = [self.state[p]["exp_avg"] for p in params], [self.state[p]["exp_avg_sq"] for p in params]
-        now = [list(x) for x in zip(*(adam_moments(*x, *group["betas"]) for x in zip(g, *before)))]
-        if group["kind"] != "rest":
-            score = self.score(Expert(group["kind"], w, g, *now, *before, lr, group["scale"], group["eps"]))
-        for old, new in zip(before[0] + before[1], now[0] + now[1]):
-            old.copy_(torch.where(self.ok, new, old))
-        return score
+    def _pass(self, i, ok, clip, whole):
+        """The first pass over group i, or the whole step. -> its score; NaN if it has no gradient or no rule."""
+        group, (w, copies, g, m, v) = self.param_groups[i], self._tensors(i)
+        rule = None if group["kind"] == "rest" else self.score
+        score = None
+        if g:
+            args = m, v, self.hypers[i], ok, clip, group["scale"], group["betas"], group["eps"]
+            score = self.observe_and_move(rule, group["kind"], w, copies, g, *args) if whole else                 self.observe(rule, group["kind"], w, g, *args)
+        return self.hyper.new_full((), torch.nan) if score is None else score
 
-    def _move(self, i, wins):
-        """The AdamW step of group i where `wins`, a 0-d bool on the device. A loser keeps its very bits."""
-        group, (_, decay, step_size, correction) = self.param_groups[i], self.hyper[i]
-        for p in group["params"]:
-            if p.grad is None:
-                continue
-            m, v, w = (self.state[p].get(k, p) for k in ("exp_avg", "exp_avg_sq", "master"))
-            w.copy_(torch.where(wins, adamw(w, m, v, decay, step_size, correction, group["eps"]), w))
-            if w is not p:
-                p.copy_(w)
+    def _tensors(self, i):
+        """What a pass goes over: of the parameters of group i that have a gradient, lists."""
+        params = [p for p in self.param_groups[i]["params"] if p.grad is not None]
+        masters = [self.state[p].get("master") for p in params]
+        w = [p.detach() if master is None else master for p, master in zip(params, masters)]
+        copies = [None if master is None else p.detach() for p, master in zip(params, masters)]
+        return (w, copies, [p.grad for p in params], [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params])
 
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)

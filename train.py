@@ -26,7 +26,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,8 +36,8 @@ from safetensors.torch import save_file
 
 import data
 from data import Tokenizer
-from model import (LOGIT_ROWS, MoLFLinear, Packed, Transformer, add_experts, find_checkpoint, fold,
-                   read_config, save_safely, unfold)
+from model import (LOGIT_ROWS, Block, MoLFLinear, Packed, Transformer, add_experts, find_checkpoint, fold,
+                   fold_layer, read_config, save_safely, unfold, unfold_layer)
 from molf import SCORES, MoLFAdamW, param_groups
 
 # What flags mean that are not given: the paper's settings (arXiv 2605.07111), but for the toy, whose width of
@@ -48,7 +48,7 @@ TOY = dict(epochs={"fact": 10, "med": 4, "sql": 4}, lr=1e-3, lora_lr=1e-3, alpha
            ranks={"fft": [], "lora": [16], "molf": [16], "molf-e": [4, 16]})
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 OF_THIS_CALL = "out", "overwrite", "resume", "dry_run"                      # say nothing about the run
-MAY_CHANGE = OF_THIS_CALL + ("log_every", "save_every", "keep", "device", "max_tokens")     # when it goes on
+MAY_CHANGE = OF_THIS_CALL + ("log_every", "save_every", "keep", "device", "eager", "max_tokens")     # when it goes on
 EVALUATION_FLAGS = "task", "data", "eval_data", "limit", "eval_limit", "dtype", "max_tokens"
 
 
@@ -92,6 +92,8 @@ def parse_args(argv=None):
     add("--dtype", choices=["bfloat16", "float32"],
         help="of the weights in the forward pass; experts and moments are always float32 (default: bfloat16 "
              "on a GPU, float32 on a CPU)")
+    add("--eager", action="store_true",
+        help="on a GPU: no compilation, no CUDA graphs. Slower steps, a faster start")
     add("--save-every", type=int, default=500, metavar="N", help="steps between checkpoints (default: 500)")
     add("--keep", type=int, default=1, metavar="N", help="checkpoints to keep while training (default: 1)")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out, with its flags")
@@ -149,6 +151,8 @@ def parse_args(argv=None):
                 "log_every", "save_every", "keep"):
         if getattr(a, key) is not None and getattr(a, key) < 1:
             p.error(f"--{key.replace('_', '-')} must be at least 1")
+    if a.dropout and a.checkpointing and not a.eager and a.device.startswith("cuda"):
+        p.error("--checkpointing with --dropout wants --eager: a CUDA graph can't repeat the random numbers")
     if not 0 <= a.dropout < 1 or not 0 <= a.warmup <= 1:
         p.error("--dropout and --warmup are shares, from 0 to 1")
     try:
@@ -186,11 +190,23 @@ def micro_batches(examples, max_tokens):
         yield batch
 
 
-def to_device(examples, device):
-    """-> ids (N,), layout, where (M,), labels (M,): the arguments of Transformer.loss."""
+def to_device(examples, device, size=None):
+    """-> ids (N,), layout, where (M,), labels (M,): the arguments of Transformer.loss. size: pad them to so
+    many tokens, sequences and targets, in a layout for sequences of that length: what is added counts for
+    nothing in the loss."""
     ids, lengths, where, labels = data.pack(examples)
-    ids, where, labels = (torch.tensor(x).to(device, non_blocking=True) for x in (ids, where, labels))
-    return ids, Packed(lengths, device), where, labels
+    n, sequences, m, longest = size or (len(ids), 0, len(where), None)
+    if size:
+        lengths += [n - len(ids)] + [0] * (sequences - len(lengths) - 1)
+    ids, where, labels = ids + [0] * (n - len(ids)), where + [0] * (m - len(where)), \
+        labels + [-100] * (m - len(labels))
+    ids, where, labels = (on_device(torch.tensor(x), device) for x in (ids, where, labels))
+    return ids, Packed(lengths, device, longest), where, labels
+
+
+def on_device(x, device):
+    """A copy that the host does not wait for."""
+    return (x.pin_memory() if torch.device(device).type == "cuda" else x).to(device, non_blocking=True)
 
 
 @lru_cache(maxsize=2)
@@ -204,6 +220,112 @@ def batch_of(step, examples, a):
     epoch, i = divmod(step, math.ceil(len(examples) / a.batch_size))
     order = order_of(len(examples), a.seed, epoch)
     return [examples[j] for j in order[i * a.batch_size:(i + 1) * a.batch_size]]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# one optimizer step
+
+def count_tokens(examples):
+    return sum(len(e.ids) for e in examples)
+
+
+def count_targets(examples):
+    return sum(len(e.ids) - e.n_prompt for e in examples)
+
+
+def padded(n):
+    """n rounded up to a 32nd of the next power of two: few sizes, and at most a 16th of it is padding."""
+    unit = max(16, (1 << (n - 1).bit_length()) // 32)
+    return -(-n // unit) * unit
+
+
+class Step:
+    """step(batch, count) does one optimizer step on a list of examples. -> loss, gradient norm and, if it is
+    to count, the share of weights that changed: 0-d tensors on the device, good until the next step.
+
+    fast: its parts are compiled, and micro-batches padded to a few sizes. On a GPU all that the device does
+    is recorded, for each size once, as a CUDA graph, and then replayed: launched one by one, the thousands of
+    kernels of a step take longer to launch than to run. The graphs share their memory."""
+
+    def __init__(self, model, optimizer, a, batches=(), fast=False):
+        self.model, self.optimizer, self.a, self.fast = model, optimizer, a, fast
+        self.params = [p for g in optimizer.param_groups for p in g["params"]]
+        self.device = self.params[0].device
+        self.ok = torch.ones((), dtype=torch.bool, device=self.device)      # so far all was finite
+        self.unfold, self.fold = unfold_layer, fold_layer
+        if fast:
+            self.unfold, self.fold, model.train_block = (
+                torch.compile(f, dynamic=True) for f in (unfold_layer, fold_layer, Block.forward))
+            optimizer.compile()
+            self.graphs, self.pool, self.warm = {}, None, False
+            self.targets, self.longest, self.largest = {}, 0, []
+            for batch in batches:               # what will come: how many targets, how long a sequence
+                self.largest = max(self.largest, batch, key=count_tokens)
+                for micro in micro_batches(batch, a.max_tokens):
+                    n, m = padded(count_tokens(micro)), count_targets(micro)
+                    self.targets[n] = max(m, self.targets.get(n, 0))
+                    self.longest = max(self.longest, n - count_tokens(micro), *(len(e.ids) for e in micro))
+
+    def inputs(self, batch):
+        """-> sizes, micro-batches padded to them, the number of targets of the whole batch."""
+        micros, sizes = list(micro_batches(batch, self.a.max_tokens)), [None]
+        if self.fast:
+            sizes = [padded(count_tokens(micro)) for micro in micros]
+            sizes = [(n, self.a.batch_size + 1, self.targets[n], self.longest) for n in sizes]
+        micros = [to_device(m, self.device, size) for m, size in zip(micros, cycle(sizes))]
+        return tuple(sizes), micros, on_device(torch.tensor(float(count_targets(batch))), self.device)
+
+    def gradients(self, micros, n_targets):
+        """-> loss, norm; every expert's gradient is in place."""
+        loss = 0
+        for micro in micros:
+            part = self.model.loss(*micro) / n_targets
+            part.backward()                     # G = dL/dW_eff of every linear; autograd for the rest
+            loss = loss + part.detach()
+        unfold(self.model, self.unfold)         # one G -> the exact gradient of every expert
+        return loss, torch.nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
+
+    def finish(self, loss, norm, count):
+        self.ok.logical_and_((loss + norm).isfinite())
+        clip = (self.a.clip / (norm + 1e-6)).clamp_max(1)
+        self.optimizer.update(self.ok, clip)                    # moments, scores, winners
+        self.optimizer.zero_grad()
+        # the winners' new weights -> the one weight (compiled, it would compare before it rounds)
+        changed = fold(self.model, count, fold_layer if count else self.fold)
+        return loss, norm, changed
+
+    def record(self, sizes, micros, n_targets, count):
+        """Capture what the device has to do for a batch of these sizes; it is not done yet."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            loss, norm = self.gradients(micros, n_targets)
+            present = self.optimizer.present()
+            results = self.finish(loss, norm, count)
+        self.pool = graph.pool()
+        self.graphs[sizes, count] = graph, tensors(micros) + [n_targets], present, results
+
+    def __call__(self, batch, count=False):
+        sizes, micros, n_targets = self.inputs(batch)
+        if not self.fast or not self.warm or self.device.type != "cuda":
+            self.warm = True                    # the very first step compiles, and sets libraries up
+            loss, norm = self.gradients(micros, n_targets)
+            self.optimizer.refresh(self.optimizer.present())
+            return self.finish(loss, norm, count)
+        if not self.graphs:                     # the largest first: the others then fit into its memory
+            self.record(*self.inputs(self.largest), False)
+        if (sizes, count) not in self.graphs:
+            self.record(sizes, micros, n_targets, count)
+        graph, inputs, present, results = self.graphs[sizes, count]
+        for old, new in zip(inputs, tensors(micros) + [n_targets]):
+            old.copy_(new)
+        self.optimizer.refresh(present)
+        graph.replay()
+        return results
+
+
+def tensors(micros):
+    return [t for ids, layout, *targets in micros
+            for t in (ids, layout.cu_seqlens, layout.seq, layout.pos, *targets)]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -223,7 +345,6 @@ def train(model, optimizer, examples, a, log=print, held_out=None, save=None, st
     leave; start: (step, routing) of such a call, to go on from.
     -> routing: {"winners": (steps, modules, experts) bool, "scores": fp32}"""
     device = next(model.parameters()).device
-    params = [p for g in optimizer.param_groups for p in g["params"]]
     kinds = {g["kind"]: i for i, g in enumerate(optimizer.param_groups)}    # one group of each, for the log
     total = a.epochs * math.ceil(len(examples) / a.batch_size)
     first, routing = start or (0, {})
@@ -231,30 +352,20 @@ def train(model, optimizer, examples, a, log=print, held_out=None, save=None, st
                                                  last_epoch=first - 1)
     pending, history = [], [routing] if routing else []     # pending: on the device, since the last log
     tokens, clock, untimed = 0, 0.0, min(first + 3, total - 1)              # the first steps are not timed
-    ok = torch.ones((), dtype=torch.bool, device=device)                    # so far all was finite
+    batches = (batch_of(i, examples, a) for i in range(first, total))
+    do_step = Step(model, optimizer, a, batches, fast=device.type == "cuda" and not a.eager)
     model.train()
     for step in range(first, total):
         if step == untimed:
             tokens, clock = 0, time.perf_counter()
         batch = batch_of(step, examples, a)
-        n_targets = sum(len(e.ids) - e.n_prompt for e in batch)             # of the whole optimizer batch
-        loss = 0
-        for micro in micro_batches(batch, a.max_tokens):
-            part = model.loss(*to_device(micro, device)) / n_targets
-            part.backward()                     # G = dL/dW_eff of every linear; autograd for the rest
-            loss = loss + part.detach()
-        unfold(model)                           # one G -> the exact gradient of every expert
-        norm = torch.nn.utils.clip_grad_norm_(params, a.clip)
         rates = {kind: optimizer.param_groups[i]["lr"] for kind, i in kinds.items()}
-        ok = ok & (loss + norm).isfinite()
-        optimizer.step(ok=ok)                   # moments, scores, winners
         saving = save and ((step + 1) % a.save_every == 0 or step == total - 1 or save.asked)
         logging = (step + 1) % a.log_every == 0 or step in (first, total - 1) or saving
-        changed = fold(model, count=logging)    # the winners' new weights -> the one that the forward uses
-        optimizer.zero_grad()
+        loss, norm, changed = do_step(batch, count=logging)
         schedule.step()
-        tokens += sum(len(e.ids) for e in batch)
-        pending.append((loss, norm, optimizer.winners.clone(), optimizer.scores.clone()))
+        tokens += count_tokens(batch)
+        pending.append([t.clone() for t in (loss, norm, optimizer.winners, optimizer.scores)])
         if logging:
             loss, norm, w, s = (torch.stack(x).cpu() for x in zip(*pending))            # the one sync
             stop_if_not_finite(step, loss, norm, examples, a)
@@ -614,8 +725,7 @@ def main(argv=None):
         sys.exit(f"error: {e}")
     if a.dry_run:
         steps = prepare(model, rows, a)["steps"]
-        longest = max(sum(len(e.ids) for e in batch_of(i, rows.examples, a))
-                      for i in range(steps // a.epochs))
+        longest = max(count_tokens(batch_of(i, rows.examples, a)) for i in range(steps // a.epochs))
         sizes = estimate_bytes(model, a, min(longest, a.max_tokens))
         for kind, n in {**sizes, "peak (estimate)": sum(sizes.values())}.items():
             print(f"  {kind:24s}{n / 1e9:9.3f} GB")
@@ -775,7 +885,7 @@ def batch_loss(model, examples, max_tokens):
     """Mean loss of a target token. Before and after an export it should be the same."""
     device = next(model.parameters()).device
     total = sum(model.loss(*to_device(m, device)) for m in micro_batches(examples, max_tokens))
-    return total.item() / sum(len(e.ids) - e.n_prompt for e in examples)
+    return total.item() / count_targets(examples)
 
 
 if __name__ == "__main__":
