@@ -269,6 +269,11 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def cross_entropy(head, x, labels):
+    """head (V, C), x (M, C), labels (M,) -> 0-d: the sum, in fp32. A label of -100 counts for nothing."""
+    return F.cross_entropy(F.linear(x, head).float(), labels, reduction="sum")
+
+
 class Transformer(nn.Module):
     """model(ids (B, T)) -> logits (B, T, V). `hidden` and `loss` take packed rows."""
 
@@ -286,7 +291,7 @@ class Transformer(nn.Module):
             if p.dim() == 2:
                 nn.init.normal_(p, std=c.raw.get("initializer_range", 0.02))
         self.checkpointing = False      # recompute each block in the backward pass: slower, far less memory
-        self.train_block = Block.__call__       # train.py puts a compiled one here
+        self.train_block, self.train_loss = Block.__call__, cross_entropy   # train.py may put compiled ones here
 
     def hidden(self, ids, layout):
         """ids (N,) -> the final normed hidden states (N, C)."""
@@ -299,6 +304,8 @@ class Transformer(nn.Module):
             angle = layout.pos[:, None, None] * (theta ** -half / factor)               # (N, 1, D/2), fp32
             rope[kind] = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         run = self.train_block if self.training else Block.__call__
+        if self.training and torch.is_grad_enabled() and not x.requires_grad:
+            x.requires_grad_()          # else a first block on a frozen base would be compiled by itself
         for block, kind in zip(self.model["layers"], c.layer_types):
             if self.checkpointing and torch.is_grad_enabled():
                 # a CUDA graph can't wind the random state back: train.py refuses dropout there
@@ -325,13 +332,12 @@ class Transformer(nn.Module):
     def loss(self, ids, layout, where, labels):
         """Sum (not mean) of the cross-entropy in fp32: the token at where[i] of the row predicts labels[i].
         Divided by the targets of the whole optimizer batch, any cut into micro-batches gives one gradient.
-        Only target positions meet the vocabulary, LOGIT_ROWS at a time. A label of -100 counts for nothing."""
-        def cross_entropy(x, y):
-            return F.cross_entropy(self.logits(x).float(), y, reduction="sum")
+        Only target positions meet the vocabulary, LOGIT_ROWS at a time."""
+        run = self.train_loss if self.training else cross_entropy
         pieces = list(zip(self.hidden(ids, layout)[where].split(LOGIT_ROWS), labels.split(LOGIT_ROWS)))
         if len(pieces) == 1:
-            return cross_entropy(*pieces[0])
-        return sum(checkpoint(cross_entropy, x, y, use_reentrant=False, preserve_rng_state=False)
+            return run(self.head, *pieces[0])
+        return sum(checkpoint(run, self.head, x, y, use_reentrant=False, preserve_rng_state=False)
                    for x, y in pieces)
 
     @torch.no_grad()

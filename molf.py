@@ -150,7 +150,8 @@ class MoLFAdamW(torch.optim.Optimizer):
     and scale (strings and numbers, so any LR scheduler and state_dict work), and "rest" groups, not routed.
 
     score: a rule as above. top_k: how many experts of a module move at each step. A module without gradients
-    sits the step out (scores NaN, no winner). step() never waits for the device.
+    sits the step out (scores NaN, no winner); one with a single expert needs no scores (they are 0). step()
+    never waits for the device.
     step(ok=..., clip=...): 0-d tensors on the device. Where ok is False nothing changes at all; clip is a
     factor for every gradient."""
 
@@ -185,8 +186,9 @@ class MoLFAdamW(torch.optim.Optimizer):
 
     def compile(self):
         """Let torch.compile make one kernel of a pass over a matrix. The first step takes longer for it."""
-        self.observe, self.move, self.observe_and_move = (
-            torch.compile(f, dynamic=True) for f in (observe, move, observe_and_move))
+        torch._dynamo.config.recompile_limit = 64           # versions of a function: one for each shape
+        self.observe = torch.compile(observe, dynamic=False)        # its sums are faster so
+        self.move, self.observe_and_move = (torch.compile(f, dynamic=True) for f in (move, observe_and_move))
 
     @torch.no_grad()
     def step(self, closure=None, ok=None, clip=None):
@@ -233,14 +235,17 @@ class MoLFAdamW(torch.optim.Optimizer):
                 self._pass(i, ok, clip, True)
 
     def _pass(self, i, ok, clip, whole):
-        """The first pass over group i, or the whole step. -> its score; NaN if it has no gradient or no rule."""
+        """The first pass over group i, or the whole step. -> its score; NaN where there is no gradient."""
         group, (w, copies, g, m, v) = self.param_groups[i], self._tensors(i)
-        rule = None if group["kind"] == "rest" else self.score
-        score = None
-        if g:
-            args = m, v, self.hypers[i], ok, clip, group["scale"], group["betas"], group["eps"]
-            score = self.observe_and_move(rule, group["kind"], w, copies, g, *args) if whole else                 self.observe(rule, group["kind"], w, g, *args)
-        return self.hyper.new_full((), torch.nan) if score is None else score
+        if not g:
+            return self.hyper.new_full((), torch.nan)
+        rule = None if group["kind"] == "rest" or self.scores.shape[1] == 1 else self.score
+        args = m, v, self.hypers[i], ok, clip, group["scale"], group["betas"], group["eps"]
+        if whole:
+            score = self.observe_and_move(rule, group["kind"], w, copies, g, *args)
+        else:
+            score = self.observe(rule, group["kind"], w, g, *args)
+        return self.hyper.new_zeros(()) if score is None else score
 
     def _tensors(self, i):
         """What a pass goes over: of the parameters of group i that have a gradient, lists."""

@@ -158,7 +158,8 @@ def ours(method, folder, a, device):
 
 
 def theirs(method, folder, a, device):
-    """The same work in transformers: padded, sdpa, fused AdamW, one micro-batch, no checkpointing."""
+    """The same work in transformers: padded, sdpa, fused AdamW, no checkpointing, one micro-batch; where the GPU's
+    memory is too small for that, two, four..., each padded to its own longest sequence."""
     from transformers import AutoModelForCausalLM
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device)
@@ -171,7 +172,7 @@ def theirs(method, folder, a, device):
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=5e-5, fused=True)
 
-    def step(batch):
+    def forward_backward(batch):
         longest = max(len(e.ids) for e in batch)
         pad = [longest - len(e.ids) for e in batch]
         ids = torch.tensor([e.ids + [0] * n for e, n in zip(batch, pad)]).to(device)
@@ -180,6 +181,22 @@ def theirs(method, folder, a, device):
                                for e, n in zip(batch, pad)]).to(device)
         with torch.autocast(device.type, dtype, enabled=lora and device.type == "cuda"):
             model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
+
+    size = [32]
+
+    def step(batch):
+        fits = False
+        while not fits:
+            try:
+                for i in range(0, len(batch), size[0]):
+                    forward_backward(batch[i:i + size[0]])
+                fits = True
+            except torch.OutOfMemoryError:
+                size[0] //= 2
+                print(f"{method}: out of memory, so {size[0]} sequences at a time from here on", flush=True)
+            if not fits:
+                optimizer.zero_grad()
+                torch.cuda.empty_cache()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         optimizer.zero_grad()

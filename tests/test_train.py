@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import data
 import train
 from data import Tokenizer, encode
-from model import Packed, Transformer, add_experts, fold, unfold
-from molf import MoLFAdamW, param_groups
+from model import MoLFLinear, Packed, Transformer, add_experts, fold, unfold
+from molf import SCORES, MoLFAdamW, param_groups
 
 ROOT = Path(__file__).parents[1]
 TOY = ROOT / "toy"
@@ -445,6 +445,100 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(method, tmp_path):
         got, got_groups = everything(model, optimizer, routing)
         assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True)) and got_groups == groups
         assert again[-1]["loss"] == lines[-1]["loss"] and again[-1]["lr"] == lines[-1]["lr"]
+
+
+# ---------------------------------------------------------------------------------------- compiled and captured
+
+def steps_of(method, fast, device, n=4, score="epd", lr=1e-4, **options):
+    """n steps on MedMCQA-like toy rows. -> losses and norms, winners, scores, the Step, the weights"""
+    torch.manual_seed(0)
+    a = flags(method=method, device=device, batch_size=8, **{"max_tokens": 500, **options})
+    tokenizer = Tokenizer.from_file(TOY)
+    rows, _ = data.load_rows("med", "train", "toy", limit=8 * n)
+    examples = [encode(tokenizer, *data.med_pair(r), row=i) for i, r in enumerate(rows)]
+    model = Transformer.from_pretrained("toy", torch.float32 if device == "cpu" else torch.bfloat16, device)
+    model.checkpointing = a.checkpointing
+    ranks = {"fft": (), "molf-e": (4, 16)}.get(method, (16,))
+    add_experts(model.train(), ranks, 12, method in ("fft", "molf"), a.dropout)
+    optimizer = MoLFAdamW(param_groups(model, lr, lr), score=SCORES[score])
+    batches = [examples[i:i + 8 - (i == 8)] for i in range(0, 8 * n, 8)]        # one is a sequence short
+    step, seen = train.Step(model, optimizer, a, batches, fast), []
+    for i, batch in enumerate(batches):
+        loss, norm, changed = step(batch, count=i % 2 == 0)
+        assert (changed is None) == (i % 2 == 1 or method in ("lora", "molf-e"))
+        seen.append([t.clone().cpu() for t in (torch.stack([loss, norm]), optimizer.winners, optimizer.scores)])
+    numbers, winners, scores = (torch.stack(x) for x in zip(*seen))
+    merged = [m.merged().float().cpu() for m in model.modules() if isinstance(m, MoLFLinear)]
+    return numbers, winners, scores, step, merged
+
+
+@pytest.mark.parametrize("method, options", [("molf", {}), ("molf-e", dict(checkpointing=True))])
+def test_a_compiled_step_is_the_eager_one(method, options):
+    """On a CPU, in fp32, with micro-batches that are padded: losses to 1e-6, the same winners."""
+    want, winners, scores, _, weights = steps_of(method, False, "cpu", **options)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    got, winners2, scores2, step, weights2 = steps_of(method, True, "cpu", **options)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 5         # it was compiled
+    torch.testing.assert_close(got[:, 0], want[:, 0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(got[:, 1], want[:, 1], rtol=1e-4, atol=0)
+    assert torch.equal(winners, winners2)
+    torch.testing.assert_close(scores2, scores, rtol=1e-4, atol=1e-12)
+    for w, w2 in zip(weights, weights2):
+        assert (w - w2).norm() < 1e-4 * w.norm()
+
+
+def test_padding_counts_for_nothing():
+    _, examples = toy_examples(5)
+    model = Transformer.from_pretrained("toy", torch.float32)
+    want, got = model.loss(*train.to_device(examples, "cpu")), \
+        model.loss(*train.to_device(examples, "cpu", (128, 9, 40, 100)))
+    ids, layout, where, labels = train.to_device(examples, "cpu", (128, 9, 40, 100))
+    assert len(ids) == 128 and len(layout.cu_seqlens) == 10 and len(where) == len(labels) == 40
+    gradients = []
+    for loss in (want, got):
+        model.zero_grad()
+        loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    for g, h in zip(*gradients):
+        torch.testing.assert_close(g, h, rtol=1e-3, atol=1e-5)
+    sizes = [train.padded(n) for n in range(1, 20000)]
+    assert all(n <= p < 1.032 * n + 16 for n, p in enumerate(sizes, 1)) and sizes == sorted(sizes)
+    assert len(set(sizes)) < 400
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method, options", [
+    ("fft", {}), ("lora", {}), ("molf", {}), ("molf-e", {}), ("molf", dict(checkpointing=True)),
+    ("molf", dict(max_tokens=16384)), ("molf", dict(score="align"))])
+def test_a_captured_step_is_the_eager_one(method, options):
+    want, winners, scores, _, weights = steps_of(method, False, "cuda", n=10, **options)
+    got, winners2, scores2, step, weights2 = steps_of(method, True, "cuda", n=10, **options)
+    assert 1 < len(step.graphs) < 20
+    torch.testing.assert_close(got, want, rtol=0.02, atol=1e-3)
+    assert (winners == winners2).float().mean() > 0.97
+    for w, w2 in zip(weights, weights2):
+        assert (w - w2).norm() < 0.01 * w.norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_replayed_step_draws_new_random_numbers():
+    _, winners, scores, _, _ = steps_of("molf", True, "cuda", n=10, score="random", max_tokens=16384)
+    assert len({tuple(w.flatten().tolist()) for w in winners}) == len(winners)
+    numbers, *_ = steps_of("molf", True, "cuda", n=10, dropout=0.5, lr=0.0, max_tokens=16384)
+    again, *_ = steps_of("molf", True, "cuda", n=10, dropout=0.0, lr=0.0, max_tokens=16384)
+    assert numbers.isfinite().all() and again.isfinite().all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_loss_that_is_not_finite_moves_nothing_in_a_captured_step():
+    _, _, _, step, _ = steps_of("molf", True, "cuda", n=4, max_tokens=16384)
+    batch = step.largest
+    before = [p.clone() for p in step.params]
+    step.ok.fill_(False)
+    step(batch)
+    assert all(torch.equal(p, q) for p, q in zip(step.params, before)) and not step.optimizer.winners.any()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
