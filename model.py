@@ -431,7 +431,7 @@ class Transformer(nn.Module):
             if isinstance(layer, MoLFLinear):
                 for key, matrix in zip("AB", layer.stacked()):
                     # without the prefix peft loads nothing and says nothing
-                    state[f"base_model.model.{name}.lora_{key}.weight"] = matrix.cpu().contiguous()
+                    state[f"base_model.model.{name}.lora_{key}.weight"] = matrix.float().cpu().contiguous()
                 rank = sum(layer.ranks)
         config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base), r=rank,
                       lora_alpha=rank, use_rslora=False, lora_dropout=0.0, bias="none", inference_mode=True,
@@ -445,11 +445,12 @@ class Transformer(nn.Module):
 # MoLF: the experts of a linear layer
 
 class MoLFLinear(nn.Linear):
-    """A linear whose weight is a sum of experts, W + sum_i s_i B_i A_i. Experts are fp32 always.
+    """A linear whose weight is a sum of experts, W + sum_i s_i B_i A_i.
 
-    Folded (the full expert trains, no dropout): `weight` is W_eff in the model's dtype, `full` is W; `unfold`
-    and `fold` carry gradients out and new weights in. Else two paths: `weight` is W, and autograd gives the
-    gradients of A and B, so that a frozen base needs no full-size gradient."""
+    Folded (the full expert trains, no dropout): `weight` is W_eff in the model's dtype, `full` is W in fp32;
+    `unfold` and `fold` carry gradients out and new weights in. Else two paths: `weight` is W, and autograd
+    gives the gradients of A and B, so that a frozen base needs no full-size gradient. A and B have the model's
+    dtype; where that is bf16 the optimizer keeps their fp32 masters."""
 
     def __init__(self, linear, ranks, alpha, full, dropout):
         nn.Module.__init__(self)
@@ -457,13 +458,12 @@ class MoLFLinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.folded, self.ranks, self.dropout = full and dropout == 0, tuple(ranks), dropout
         self.scales = [alpha / math.sqrt(r) for r in ranks]
-        new = dict(device=self.weight.device, dtype=torch.float32)
-        self.A = nn.ParameterList(torch.empty(r, self.in_features, **new) for r in ranks)       # (r, in)
-        self.B = nn.ParameterList(torch.zeros(self.out_features, r, **new) for r in ranks)      # (out, r)
-        for a in self.A:
+        device, dtype = self.weight.device, self.weight.dtype
+        A = [torch.empty(r, self.in_features, device=device) for r in ranks]
+        for a in A:
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))         # U(-1/sqrt(in), 1/sqrt(in))
-        for p in (*self.A, *self.B):
-            p.grad_dtype = None                 # takes its gradient as it is: bf16 on a GPU, as a bf16 G gives it
+        self.A = nn.ParameterList(a.to(dtype) for a in A)                                       # (r, in)
+        self.B = nn.ParameterList(torch.zeros(self.out_features, r, device=device, dtype=dtype) for r in ranks)
         self.weight.requires_grad_(full)
         if self.folded:
             self.full = nn.Parameter(self.weight.detach().to(torch.float32, copy=True))         # (out, in)
@@ -487,7 +487,7 @@ class MoLFLinear(nn.Linear):
         if self.folded or not self.ranks:
             return self.weight
         a, b = self.stacked()
-        return torch.addmm(self.weight.float(), b, a)
+        return torch.addmm(self.weight.float(), b.float(), a.float())
 
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
@@ -496,7 +496,7 @@ class MoLFLinear(nn.Linear):
         a, b = self.stacked()
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
-        return y + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+        return y + F.linear(F.linear(x, a), b)
 
 
 def add_experts(model, ranks=(128,), alpha=32, full=True, dropout=0.0, targets=TARGETS, train_rest=None):
@@ -530,17 +530,19 @@ def folded_layers(model):
 
 
 def unfold_layer(G, scales, A, B):
-    """G (out, in) -> [dL/dA_i (r, in)], [dL/dB_i (out, r)], in G's dtype, as autograd has it in two paths."""
-    return ([(s * b).to(G.dtype).T @ G for s, b in zip(scales, B)],             # dL/dA = s B' G
-            [G @ (s * a).to(G.dtype).T for s, a in zip(scales, A)])             # dL/dB = s G A'
+    """G (out, in) -> [dL/dA_i (r, in)], [dL/dB_i (out, r)], in G's dtype, with fp32 sums inside."""
+    def times(s, x, y):     # s x y in one kernel; with beta = 0 the first argument does not count
+        return torch.addmm(x[0, 0], x, y, beta=0, alpha=s)
+    return ([times(s, b.T, G) for s, b in zip(scales, B)],                      # dL/dA = s B' G
+            [times(s, G, a.T) for s, a in zip(scales, A)])                      # dL/dB = s G A'
 
 
 def fold_layer(weight, full, scales, A, B, count):
-    """weight <- W + sum s B A, in place. The products are made in the weight's dtype, with fp32 sums inside:
-    they are small beside W, and their rounding beside the sum's. count: -> how many of the weights changed"""
+    """weight <- W + sum s B A, in place. B A is rounded to the weight's dtype as well: beside W it is small, and
+    so is its rounding beside the sum's. count: -> how many of the weights changed"""
     new = full
     for s, a, b in zip(scales, A, B):
-        new = new + (s * b).to(weight.dtype) @ a.to(weight.dtype)
+        new = new + s * (b @ a)
     new = new.to(weight.dtype)
     changed = (new != weight).sum() if count else None
     weight.copy_(new)
