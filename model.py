@@ -145,7 +145,7 @@ class Packed:
         self.seq, self.pos = (t.to(device, non_blocking=True) for t in (seq, pos))          # (N,), (N,)
 
     def attend(self, q, k, v, layer):
-        """q (N, H, D), k and v (N, Hkv, D) -> (N, H, D), with the scale and window of `layer`, an Attention."""
+        """q (N, H, D), k and v (N, Hkv, D) -> (N, H, D). Scale and window are those of `layer`, an Attention."""
         scale, window = layer.scale, layer.window
         if q.is_cuda and q.dtype != torch.float32:
             return varlen_attn(q, k, v, self.cu_seqlens, self.cu_seqlens, self.max_len, self.max_len,
@@ -291,7 +291,7 @@ class Transformer(nn.Module):
             if p.dim() == 2:
                 nn.init.normal_(p, std=c.raw.get("initializer_range", 0.02))
         self.checkpointing = False      # recompute each block in the backward pass: slower, far less memory
-        self.train_block, self.train_loss = Block.__call__, cross_entropy   # train.py may put compiled ones here
+        self.train_block, self.train_loss = Block.__call__, cross_entropy   # train.py puts compiled ones here
 
     def hidden(self, ids, layout):
         """ids (N,) -> the final normed hidden states (N, C)."""
@@ -449,8 +449,8 @@ class MoLFLinear(nn.Linear):
 
     Folded (the full expert trains, no dropout): `weight` is W_eff in the model's dtype, `full` is W in fp32;
     `unfold` and `fold` carry gradients out and new weights in. Else two paths: `weight` is W, and autograd
-    gives the gradients of A and B, so that a frozen base needs no full-size gradient. A and B have the model's
-    dtype; where that is bf16 the optimizer keeps their fp32 masters."""
+    gives the gradients of A and B, so that a frozen base needs no full-size gradient. A and B have the
+    model's dtype; where that is bf16 the optimizer keeps their fp32 masters."""
 
     def __init__(self, linear, ranks, alpha, full, dropout):
         nn.Module.__init__(self)
@@ -458,12 +458,11 @@ class MoLFLinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.folded, self.ranks, self.dropout = full and dropout == 0, tuple(ranks), dropout
         self.scales = [alpha / math.sqrt(r) for r in ranks]
-        device, dtype = self.weight.device, self.weight.dtype
-        A = [torch.empty(r, self.in_features, device=device) for r in ranks]
+        A = [torch.empty(r, self.in_features, device=self.weight.device) for r in ranks]
         for a in A:
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))         # U(-1/sqrt(in), 1/sqrt(in))
-        self.A = nn.ParameterList(a.to(dtype) for a in A)                                       # (r, in)
-        self.B = nn.ParameterList(torch.zeros(self.out_features, r, device=device, dtype=dtype) for r in ranks)
+        self.A = nn.ParameterList(a.to(self.weight.dtype) for a in A)                           # (r, in)
+        self.B = nn.ParameterList(self.weight.new_zeros(self.out_features, r) for r in ranks)   # (out, r)
         self.weight.requires_grad_(full)
         if self.folded:
             self.full = nn.Parameter(self.weight.detach().to(torch.float32, copy=True))         # (out, in)
@@ -538,8 +537,8 @@ def unfold_layer(G, scales, A, B):
 
 
 def fold_layer(weight, full, scales, A, B, count):
-    """weight <- W + sum s B A, in place. B A is rounded to the weight's dtype as well: beside W it is small, and
-    so is its rounding beside the sum's. count: -> how many of the weights changed"""
+    """weight <- W + sum s B A, in place. B A is rounded to the weight's dtype as well: beside W it is small,
+    and so is its rounding beside the sum's. count: -> how many of the weights changed"""
     new = full
     for s, a, b in zip(scales, A, B):
         new = new + s * (b @ a)

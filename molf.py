@@ -119,7 +119,7 @@ def adamw(w, m, v, decay, step_size, correction, eps):
 # matrices; what is written is written in place, and only where a 0-d bool on the device says so.
 
 def observe(score, kind, w, g, m, v, hyper, ok, clip, scale, betas, eps):
-    """First pass: the gradients g into the moments m and v, where ok. -> the score, 0-d; None without a rule."""
+    """First pass: the gradients g into the moments m and v, where ok. -> the score, 0-d; None if no rule."""
     g = [x.float() if clip is None else x.float() * clip for x in g]
     now = [adam_moments(*x, *betas) for x in zip(g, m, v)]
     m_now, v_now = [x for x, _ in now], [x for _, x in now]

@@ -30,7 +30,7 @@ from itertools import chain, cycle
 from pathlib import Path
 from typing import NamedTuple
 
-# One growing segment of GPU memory: micro-batches of many sizes would cut up fixed ones. (Before torch starts.)
+# before torch starts: GPU memory in segments that can grow; micro-batches of many sizes would cut up others
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 import torch        # noqa: E402
 from safetensors import SafetensorError, safe_open
@@ -50,7 +50,8 @@ TOY = dict(epochs={"fact": 10, "med": 4, "sql": 4}, lr=1e-3, lora_lr=1e-3, alpha
            ranks={"fft": [], "lora": [16], "molf": [16], "molf-e": [4, 16]})
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 OF_THIS_CALL = "out", "overwrite", "resume", "dry_run"                      # say nothing about the run
-MAY_CHANGE = OF_THIS_CALL + ("log_every", "save_every", "keep", "device", "eager", "max_tokens")     # when it goes on
+# when a run goes on, these may be others than before
+MAY_CHANGE = OF_THIS_CALL + ("log_every", "save_every", "keep", "device", "eager", "max_tokens")
 EVALUATION_FLAGS = "task", "data", "eval_data", "limit", "eval_limit", "dtype", "max_tokens"
 
 
@@ -236,7 +237,7 @@ def count_targets(examples):
 
 
 def padded(n):
-    """n rounded up to a 64th of the next power of two: few sizes, and little padding (below 3 %, on average 1)."""
+    """n rounded up to a 64th of the next power of two: few sizes, and below 3 % of padding, on average 1 %."""
     unit = max(16, (1 << (n - 1).bit_length()) // 64)
     return -(-n // unit) * unit
 
@@ -256,8 +257,9 @@ class Step:
         self.ok = torch.ones((), dtype=torch.bool, device=self.device)      # so far all was finite
         self.unfold, self.fold = unfold_layer, fold_layer
         if fast:
+            parts = unfold_layer, fold_layer, Block.forward, cross_entropy
             self.unfold, self.fold, model.train_block, model.train_loss = (
-                torch.compile(f, dynamic=True) for f in (unfold_layer, fold_layer, Block.forward, cross_entropy))
+                torch.compile(f, dynamic=True) for f in parts)
             optimizer.compile()
             self.graphs, self.pool, self.warm = {}, None, False
             self.targets, self.longest, self.largest = {}, 0, []
@@ -445,6 +447,7 @@ class Checkpoints:
     def __init__(self, out, model, optimizer, a):
         self.folder, self.model, self.optimizer, self.a = out / "checkpoints", model, optimizer, a
         self.asked = None                                       # the signal that asked to leave
+        self.begin = time.perf_counter()                        # of the run; `load` adds what came before
 
     def files(self):
         return sorted(self.folder.glob("step-*.safetensors"))
@@ -456,7 +459,8 @@ class Checkpoints:
         tensors["rng"] = torch.get_rng_state()
         if self.a.device.startswith("cuda"):
             tensors["rng cuda"] = torch.cuda.get_rng_state(self.a.device)
-        header = {"step": str(step), "param_groups": json.dumps(state["param_groups"])}
+        header = {"step": str(step), "seconds": str(time.perf_counter() - self.begin),
+                  "param_groups": json.dumps(state["param_groups"])}
         self.folder.mkdir(exist_ok=True)
         tensors = {name: t.contiguous() for name, t in tensors.items()}
         try:
@@ -484,6 +488,7 @@ class Checkpoints:
         else:
             return None
         part = lambda start: {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)}
+        self.begin = time.perf_counter() - float(header["seconds"])
         self.model.load_state_dict(part("model."))
         state = {}
         for name, t in part("optimizer.").items():
@@ -806,10 +811,9 @@ def run(model, tokenizer, rows, a, out):
             def log(line, record):
                 print(line, flush=True)
                 print(json.dumps(record), file=log_file, flush=True)
-            begin = time.perf_counter()
             routing = train(model, optimizer, rows.examples, a, log, rows.held_out and held_out, checkpoints,
                             start)
-            seconds = time.perf_counter() - begin
+            seconds = time.perf_counter() - checkpoints.begin
     names = optimizer.module_names
     del optimizer, checkpoints                              # its moments make room for the export
     metadata = {"modules": json.dumps(names)}

@@ -5,15 +5,18 @@
     python bench/speed.py --methods molf --tasks med --profile      # which kernels take the time
     python bench/speed.py --shape toy                        # a CPU: the embedded model
 
-Weights are random, in checkpoints of the real shapes; sequences have the lengths that the tasks' real rows have
-under the family's tokenizer (lengths.json: 512 pairs of prompt and target tokens a task), 32 of them a step. Each
-method runs in a process of its own, through the very `train.Step` that train.py uses. Printed: ms per step over
-three rounds of 16 batches, all sizes captured before; of these the optimizer (what forward and backward alone do
-not take); tokens (no padding counted) per second; model FLOPs utilisation, against the bf16 matrix product of 8192
-measured in the same process; peak GB allocated and reserved; seconds to load, to compile (the first step) and to
-capture.
+Weights are random, in checkpoints of the real shapes; sequences are as long as the tasks' real rows under the
+family's tokenizer (lengths.json: prompt and target tokens of 512 rows a task), 32 of them a step. Each method runs
+in a process of its own, through the same `train.Step` as in train.py, and prints for each task:
 
-    python bench/speed.py --measure-lengths qwen TOKENIZER_DIR DATA_DIR      # made lengths.json
+    ms/step   over all rounds of 16 batches, everything captured before
+    optim.    what forward and backward alone do not take of it: unfold, norm, optimizer, fold
+    tok/s     tokens a second, padding not counted
+    MFU       model FLOPs utilisation: of what the bf16 product of two 8192 x 8192 matrices reaches here
+    GB        peak of the memory that was allocated, and of that held by torch
+    s         to load, to compile (the very first step), to capture
+
+    python bench/speed.py --measure-lengths qwen TOKENIZER_DIR DATA_DIR         # made lengths.json
 """
 import argparse
 import json
@@ -33,9 +36,9 @@ import train    # noqa: E402
 from model import TARGETS, Config, Transformer      # noqa: E402
 from molf import MoLFAdamW, param_groups            # noqa: E402
 
-QWEN = dict(model_type="qwen2", vocab_size=151936, num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=1e6,
-            tie_word_embeddings=True, max_position_embeddings=32768, hidden_act="silu", torch_dtype="bfloat16",
-            bos_token_id=151643, eos_token_id=151643)
+QWEN = dict(model_type="qwen2", vocab_size=151936, num_key_value_heads=2, rms_norm_eps=1e-6,
+            rope_theta=1e6, tie_word_embeddings=True, max_position_embeddings=32768, hidden_act="silu",
+            torch_dtype="bfloat16", bos_token_id=151643, eos_token_id=151643)
 SHAPES = {
     "qwen2.5-1.5b": QWEN | dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
                                 num_attention_heads=12),
@@ -43,10 +46,11 @@ SHAPES = {
                               num_attention_heads=16),
     "gemma-3-1b": dict(model_type="gemma3_text", vocab_size=262144, hidden_size=1152, intermediate_size=6912,
                        num_hidden_layers=26, num_attention_heads=4, num_key_value_heads=1, head_dim=256,
-                       sliding_window=512, sliding_window_pattern=6, query_pre_attn_scalar=256, rms_norm_eps=1e-6,
-                       rope_theta=1e6, rope_local_base_freq=1e4, max_position_embeddings=32768,
-                       hidden_activation="gelu_pytorch_tanh", torch_dtype="bfloat16", tie_word_embeddings=True,
-                       bos_token_id=2, eos_token_id=1, pad_token_id=0)}
+                       sliding_window=512, sliding_window_pattern=6, query_pre_attn_scalar=256,
+                       rms_norm_eps=1e-6, rope_theta=1e6, rope_local_base_freq=1e4,
+                       max_position_embeddings=32768, hidden_activation="gelu_pytorch_tanh",
+                       torch_dtype="bfloat16", tie_word_embeddings=True, bos_token_id=2, eos_token_id=1,
+                       pad_token_id=0)}
 METHODS = ("fft", "lora", "molf", "molf-e", "transformers fft", "peft lora")
 LENGTHS = Path(__file__).with_name("lengths.json")
 FILES = {"fact": "counterfact.jsonl.gz", "med": "medmcqa_train.jsonl.gz", "sql": "sql_train.jsonl.gz"}
@@ -68,13 +72,14 @@ def parse_args():
 
 
 def measure_lengths(family, tokenizer, folder):
-    """512 rows of each task, drawn with seed 0 -> their numbers of prompt and target tokens, in lengths.json."""
+    """512 rows of each task, drawn with seed 0 -> numbers of prompt and target tokens, in lengths.json."""
     known = json.loads(LENGTHS.read_text()) if LENGTHS.exists() else {}
     tokenizer, known[family] = data.Tokenizer.from_file(tokenizer), {}
     for task, file in FILES.items():
         rows, _ = data.load_rows(task, "train", str(Path(folder) / file))
-        picked = [data.encode(tokenizer, *data.TASKS[task].pair(r)) for r in random.Random(0).sample(rows, 512)]
-        known[family][task] = [[e.n_prompt, len(e.ids) - e.n_prompt] for e in picked]
+        rows = random.Random(0).sample(rows, 512)
+        examples = [data.encode(tokenizer, *data.TASKS[task].pair(row)) for row in rows]
+        known[family][task] = [[e.n_prompt, len(e.ids) - e.n_prompt] for e in examples]
     LENGTHS.write_text(json.dumps(known).replace("]], ", "]],\n") + "\n")
 
 
@@ -127,9 +132,12 @@ def model_flops(config, batch, frozen, rank):
 
 
 def ours(method, folder, a, device):
-    """-> the model's config, tokenizer, and a function of a task's batches that makes the function of one step."""
-    flags = train.parse_args(["--model", str(folder), "--data", "hub", "--method", method, "--max-tokens",
-                              str(a.max_tokens), *["--checkpointing"] * a.checkpointing, *["--eager"] * a.eager])
+    """-> a function of a task's batches, which gives step(batch) and forward_backward(batch), the part of it
+    without the optimizer, as something to call; and the model's config, LoRA ranks, and whether only they
+    train."""
+    flags = train.parse_args(
+        ["--model", str(folder), "--data", "hub", "--method", method, "--max-tokens", str(a.max_tokens),
+         *["--checkpointing"] * a.checkpointing, *["--eager"] * a.eager])
     model = Transformer.from_pretrained(folder, getattr(torch, flags.dtype), device).train()
     model.checkpointing = flags.checkpointing
     train.add_experts(model, flags.ranks, flags.alpha, method in ("fft", "molf"))
@@ -137,52 +145,48 @@ def ours(method, folder, a, device):
 
     def prepare(batches):
         step = train.Step(model, optimizer, flags, batches, fast=device.type == "cuda" and not a.eager)
-        return step, lambda batch: step(batch)
 
-    def forward_backward(step, batch):
-        """Captured where the step is: forward and backward alone."""
-        _, micros, _ = step.inputs(batch)
+        def forward_backward(batch):
+            _, micros, _ = step.inputs(batch)
 
-        def run():
-            for micro in micros:
-                model.loss(*micro).backward()
-            for p in model.parameters():
-                p.grad = None
-        if not step.fast:
-            return run
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=step.pool):
-            run()
-        return lambda: (graph.replay(), micros)[0]      # (its inputs must stay alive)
-    return model.config, prepare, forward_backward, method in ("lora", "molf-e"), sum(flags.ranks)
+            def run():
+                for micro in micros:            # (they are the graph's inputs: alive as long as `run`)
+                    model.loss(*micro).backward()
+                for p in model.parameters():
+                    p.grad = None
+            if not step.fast:
+                return run
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=step.pool):
+                run()
+            return lambda: (graph.replay(), run)
+        return step, forward_backward
+    return prepare, model.config, sum(flags.ranks), method in ("lora", "molf-e")
 
 
 def theirs(method, folder, a, device):
-    """The same work in transformers: padded, sdpa, fused AdamW, no checkpointing, one micro-batch; where the GPU's
-    memory is too small for that, two, four..., each padded to its own longest sequence."""
+    """The same work in transformers: padded, sdpa, fused AdamW, no checkpointing, one micro-batch; where the
+    GPU's memory is too small for that, two, four..., each padded to its own longest sequence."""
     from transformers import AutoModelForCausalLM
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device)
-    lora = method == "peft lora"
+    lora, rank = method == "peft lora", 16 if a.shape == "toy" else 128
     if lora:
         from peft import LoraConfig, get_peft_model
-        model = get_peft_model(model, LoraConfig(r=16 if a.shape == "toy" else 128, use_rslora=True,
-                                                 target_modules=list(TARGETS), task_type="CAUSAL_LM"))
+        model = get_peft_model(model, LoraConfig(r=rank, use_rslora=True, target_modules=list(TARGETS),
+                                                 task_type="CAUSAL_LM"))
     model.train()
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=5e-5, fused=True)
+    optimizer, size = torch.optim.AdamW(params, lr=5e-5, fused=True), [32]
 
     def forward_backward(batch):
-        longest = max(len(e.ids) for e in batch)
-        pad = [longest - len(e.ids) for e in batch]
+        pad = [max(len(e.ids) for e in batch) - len(e.ids) for e in batch]
         ids = torch.tensor([e.ids + [0] * n for e, n in zip(batch, pad)]).to(device)
         mask = torch.tensor([[1] * len(e.ids) + [0] * n for e, n in zip(batch, pad)]).to(device)
         labels = torch.tensor([[-100] * e.n_prompt + e.ids[e.n_prompt:] + [-100] * n
                                for e, n in zip(batch, pad)]).to(device)
         with torch.autocast(device.type, dtype, enabled=lora and device.type == "cuda"):
             model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
-
-    size = [32]
 
     def step(batch):
         fits = False
@@ -194,53 +198,55 @@ def theirs(method, folder, a, device):
             except torch.OutOfMemoryError:
                 size[0] //= 2
                 print(f"{method}: out of memory, so {size[0]} sequences at a time from here on", flush=True)
-            if not fits:
+            if not fits:                        # (here the error, and what it holds, is gone)
                 optimizer.zero_grad()
                 torch.cuda.empty_cache()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    return Config.from_dict(json.loads((folder / "config.json").read_text())), lambda _: (None, step), None, \
-        lora, 16 if a.shape == "toy" else 128
+    config = Config.from_dict(json.loads((folder / "config.json").read_text()))
+    return lambda batches: (step, None), config, rank, lora
 
 
 def measure(a):
     """In a process of its own: one method, on each task. Prints a line of JSON for each."""
-    device, (method, folder) = torch.device("cuda" if torch.cuda.is_available() else "cpu"), json.loads(a.child)
-    peak, folder = matmul_flops(device), Path(folder)
-    start = time.perf_counter()
+    method, folder = json.loads(a.child)
+    device, folder = torch.device("cuda" if torch.cuda.is_available() else "cpu"), Path(folder)
+    peak, start = matmul_flops(device), time.perf_counter()
     make = ours if method in ("fft", "lora", "molf", "molf-e") else theirs
-    config, prepare, forward_backward, frozen, rank = make(method, folder, a, device)
+    prepare, config, rank, frozen = make(method, folder, a, device)
     synchronize(device)
-    load, compiling = time.perf_counter() - start, None
+    load_s, compile_s = time.perf_counter() - start, None
     tokenizer = data.Tokenizer.from_file(folder) if a.shape == "toy" else None
     for task in a.tasks:
         batches = batches_of(task, a, config.vocab_size, tokenizer)
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        state, step = prepare(batches)
+        step, forward_backward = prepare(batches)
         first = timed(lambda: step(batches[0]), device)
-        capturing = timed(lambda: [step(b) for b in batches], device)
-        total = timed(lambda: [step(b) for _ in range(a.rounds) for b in batches], device)
-        ms = 1e3 * total / a.rounds / len(batches)
-        compiling = first if compiling is None else compiling       # later tasks have no more to compile
+        compile_s = first if compile_s is None else compile_s       # later tasks have no more to compile
+        everything = timed(lambda: [step(b) for b in batches], device)
+        seconds = timed(lambda: [step(b) for _ in range(a.rounds) for b in batches], device)
+        seconds /= a.rounds * len(batches)
         tokens = sum(map(train.count_tokens, batches)) / len(batches)
         flops = sum(model_flops(config, b, frozen, rank) for b in batches) / len(batches)
-        result = dict(method=method, task=task, ms=ms, tokens=tokens, tok_per_s=1e3 * tokens / ms,
-                      mfu=flops / peak / ms * 1e3, matmul_tflops=peak / 1e12, load_s=load, compile_s=compiling,
-                      capture_s=max(0.0, capturing - total / a.rounds), peak_gb=train.peak_memory(device))
+        result = dict(method=method, task=task, ms=1e3 * seconds, tokens=tokens, tok_per_s=tokens / seconds,
+                      mfu=flops / peak / seconds, matmul_tflops=peak / 1e12, load_s=load_s,
+                      compile_s=compile_s, capture_s=max(0.0, everything - seconds * len(batches)),
+                      peak_gb=train.peak_memory(device))
         if device.type == "cuda":
             result["reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
         if forward_backward:
-            several = [forward_backward(state, b) for b in batches[:4]]
-            whole = timed(lambda: [step(b) for _ in range(a.rounds) for b in batches[:4]], device)
-            part = timed(lambda: [f() for _ in range(a.rounds) for f in several], device)
-            result["optimizer_ms"] = 1e3 * (whole - part) / a.rounds / 4
+            some, parts = batches[:4], [forward_backward(b) for b in batches[:4]]
+            whole = timed(lambda: [step(b) for _ in range(a.rounds) for b in some], device)
+            part = timed(lambda: [f() for _ in range(a.rounds) for f in parts], device)
+            result["optimizer_ms"] = 1e3 * (whole - part) / a.rounds / len(some)
+            del parts
         print("RESULT", json.dumps(result), flush=True)
         if a.profile:
             profile(lambda: [step(b) for b in batches[:4]], 4)
-        del state, step
+        del step, forward_backward
 
 
 def profile(f, steps):
@@ -272,7 +278,7 @@ def main():
             model = Transformer(Config.from_dict(SHAPES[a.shape])).to(torch.bfloat16)
             model.save_pretrained(folder)
             del model
-        results = {}
+        results, tokens = {}, {}
         print(f"{'':18s}{'task':6s}{'ms/step':>9s}{'optim.':>8s}{'tok/s':>10s}{'MFU':>6s}{'GB':>7s}"
               f"{'reserved':>9s}{'load':>6s}{'compile':>8s}{'capture':>8s} s")
         for method in a.methods:
@@ -280,8 +286,8 @@ def main():
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
                 for line in child.stdout:
                     if line.startswith("RESULT "):
-                        r = json.loads(line.removeprefix("RESULT "))
-                        results[method, r["task"]] = r
+                        r = results[method] = json.loads(line.removeprefix("RESULT "))
+                        tokens[r["task"]] = r["tokens"]
                         line = (f"{method:18s}{r['task']:6s}{r['ms']:9.1f}{r.get('optimizer_ms', 0):8.1f}"
                                 f"{r['tok_per_s']:10,.0f}{r['mfu']:6.0%}{r['peak_gb']:7.1f}"
                                 f"{r.get('reserved_gb', 0):9.1f}{r['load_s']:6.1f}{r['compile_s']:8.1f}"
@@ -289,12 +295,11 @@ def main():
                     print(line, end="", flush=True)
             if child.returncode:
                 print(f"{method}: failed with code {child.returncode}")
-    if not results:
-        sys.exit(1)
-    r = next(iter(results.values()))
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"{a.shape}, {where}, torch {torch.__version__}, matrix product {r['matmul_tflops']:.0f} TFLOP/s; tokens a "
-          "step: " + ", ".join(f"{t} {results[m, t]['tokens']:.0f}" for m, t in results if m == r["method"]))
+    peak = max((r["matmul_tflops"] for r in results.values()), default=0)
+    print(f"{a.shape}, {where}, torch {torch.__version__}, matrix product {peak:.1f} TFLOP/s; tokens a step: "
+          + ", ".join(f"{task} {n:.0f}" for task, n in tokens.items()))
+    sys.exit(len(results) < len(a.methods))
 
 
 if __name__ == "__main__":

