@@ -145,7 +145,7 @@ class Packed:
         self.seq, self.pos = (t.to(device, non_blocking=True) for t in (seq, pos))          # (N,), (N,)
 
     def attend(self, q, k, v, layer):
-        """q (N, H, D), k and v (N, Hkv, D) -> (N, H, D). Scale and window are those of `layer`, an Attention."""
+        """q (N, H, D), k and v (N, Hkv, D) -> (N, H, D). `layer`, an Attention, has scale and window."""
         scale, window = layer.scale, layer.window
         if q.is_cuda and q.dtype != torch.float32:
             return varlen_attn(q, k, v, self.cu_seqlens, self.cu_seqlens, self.max_len, self.max_len,

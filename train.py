@@ -237,7 +237,7 @@ def count_targets(examples):
 
 
 def padded(n):
-    """n rounded up to a 64th of the next power of two: few sizes, and below 3 % of padding, on average 1 %."""
+    """n rounded up to a 64th of the next power of two: few sizes, below 3 % of padding, on average 1 %."""
     unit = max(16, (1 << (n - 1).bit_length()) // 64)
     return -(-n // unit) * unit
 

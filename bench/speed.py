@@ -1,13 +1,13 @@
 """How long a step takes, where its time goes, and what the same work costs in `transformers` and `peft`.
 
-    python bench/speed.py                                    # a GPU: Qwen2.5-1.5B shapes, all methods and tasks
+    python bench/speed.py                                  # a GPU: Qwen2.5-1.5B shapes, all methods and tasks
     python bench/speed.py --shape gemma-3-1b --methods fft molf
     python bench/speed.py --methods molf --tasks med --profile      # which kernels take the time
     python bench/speed.py --shape toy                        # a CPU: the embedded model
 
 Weights are random, in checkpoints of the real shapes; sequences are as long as the tasks' real rows under the
-family's tokenizer (lengths.json: prompt and target tokens of 512 rows a task), 32 of them a step. Each method runs
-in a process of its own, through the same `train.Step` as in train.py, and prints for each task:
+family's tokenizer (lengths.json: prompt and target tokens of 512 rows a task), 32 of them a step. Each method
+runs in a process of its own, through the same `train.Step` as in train.py, and prints for each task:
 
     ms/step   over all rounds of 16 batches, everything captured before
     optim.    what forward and backward alone do not take of it: unfold, norm, optimizer, fold

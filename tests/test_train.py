@@ -456,7 +456,7 @@ def test_the_time_before_a_resume_counts(tmp_path):
     assert 1000 < time.perf_counter() - again.begin < 1100
 
 
-# --------------------------------------------------------------------------------------- compiled and captured
+# ------------------------------------------------------------------------------------- compiled and captured
 
 def steps_of(method, fast, device, n=4, score="epd", lr=1e-4, **options):
     """n steps on MedMCQA-like toy rows. -> losses and norms, winners, scores, the Step, the weights"""
