@@ -4,6 +4,8 @@ import copy
 import math
 import subprocess
 import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -376,3 +378,18 @@ def test_a_parameter_that_joins_late_counts_its_own_steps():
             opt.zero_grad()
     for name, p in plain.named_parameters():
         torch.testing.assert_close(net.get_parameter(name), p, rtol=0, atol=1e-7)
+
+
+def test_the_rule_in_the_readme_works():
+    text = (Path(molf.__file__).parent / "README.md").read_text(encoding="utf-8")
+    block = text[text.index("    def grad_norm(e):"):].split("\n\n")[0]
+    names = dict(vars(molf))
+    exec(textwrap.dedent(block), names)
+    net, optimizer = molf_net(score=names["grad_norm"])
+    x, y = batches(1)[0]
+    (net(x) - y).square().mean().backward()
+    unfold(net)
+    want = [[sum(p.grad.norm() ** 2 for p in params) for _, _, params in net.get_submodule(n).experts()]
+            for n in TARGETS]
+    optimizer.step()
+    torch.testing.assert_close(optimizer.scores, torch.tensor(want))
