@@ -13,7 +13,7 @@ The forward pass needs only W_eff, so where the full expert W trains, W_eff itse
     loss.backward()          # G, in weight.grad
     unfold(model)            # dL/dW = G    dL/dB = s G A'    dL/dA = s B' G
     optimizer.step()         # moves W, or A and B
-    fold(model)              # weight <- W + sum s B A, rounded once to the weight's dtype
+    fold(model)              # weight <- W + sum s B A, in the weight's dtype
 
 Sequences are packed, never padded: the model runs on one row of N tokens. Names of modules and parameters are
 Hugging Face's, so loading and saving need no table of names. References: Qwen2.5 (arXiv 2412.15115), Gemma 3
@@ -131,6 +131,11 @@ def rope_of(raw, layer_type, gemma):
 # ------------------------------------------------------------------------------------------------------------
 # who attends to whom: packed sequences, and a cache for generation
 
+def on_device(x, device):
+    """A copy of a CPU tensor that the host does not wait for."""
+    return (x.pin_memory() if torch.device(device).type == "cuda" else x).to(device, non_blocking=True)
+
+
 class Packed:
     """S sequences end to end in one row of N tokens. A token sees its own sequence up to itself.
     lengths: of the sequences, 0 allowed. max_len: of the longest, or more."""
@@ -141,8 +146,8 @@ class Packed:
         seq = torch.repeat_interleave(torch.arange(len(n)), n)
         pos = torch.arange(len(seq)) - cu_seqlens[seq]
         self.max_len = max_len or max(lengths)
-        self.cu_seqlens = cu_seqlens.int().to(device, non_blocking=True)                    # (S + 1,)
-        self.seq, self.pos = (t.to(device, non_blocking=True) for t in (seq, pos))          # (N,), (N,)
+        self.cu_seqlens = on_device(cu_seqlens.int(), device)                               # (S + 1,)
+        self.seq, self.pos = on_device(seq, device), on_device(pos, device)                 # (N,), (N,)
 
     def attend(self, q, k, v, layer):
         """q (N, H, D), k and v (N, Hkv, D) -> (N, H, D). `layer`, an Attention, has scale and window."""
@@ -308,10 +313,9 @@ class Transformer(nn.Module):
             x.requires_grad_()          # else a first block on a frozen base would be compiled by itself
         for block, kind in zip(self.model["layers"], c.layer_types):
             if self.checkpointing and torch.is_grad_enabled():
-                # a CUDA graph can't wind the random state back: train.py refuses dropout there
-                rewind = not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+                capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
                 x = checkpoint(run, block, x, rope[kind], layout, use_reentrant=False,
-                               preserve_rng_state=rewind)
+                               preserve_rng_state=not capturing)    # (a CUDA graph can't wind it back)
             else:
                 x = run(block, x, rope[kind], layout)
         return self.model["norm"](x)
@@ -536,16 +540,13 @@ def unfold_layer(G, scales, A, B):
             [times(s, G, a.T) for s, a in zip(scales, A)])                      # dL/dB = s G A'
 
 
-def fold_layer(weight, full, scales, A, B, count):
-    """weight <- W + sum s B A, in place. B A is rounded to the weight's dtype as well: beside W it is small,
-    and so is its rounding beside the sum's. count: -> how many of the weights changed"""
+def fold_layer(weight, full, scales, A, B):
+    """weight <- W + sum s B A, in place. The sum is made in fp32, of a B A in the weight's dtype: beside W it
+    is small, and so is its rounding beside the sum's."""
     new = full
     for s, a, b in zip(scales, A, B):
-        new = new + s * (b @ a)
-    new = new.to(weight.dtype)
-    changed = (new != weight).sum() if count else None
+        new = new + s * (b @ a).float()
     weight.copy_(new)
-    return changed
 
 
 @torch.no_grad()
@@ -565,11 +566,16 @@ def fold(model, count=False, run=fold_layer):
     """weight <- W + sum s B A. Call it after the optimizer's step.
     count: -> the share of the weights that changed, 0-d, on the device; None on a frozen base."""
     layers = folded_layers(model)
-    changed = []
-    for x in layers:
-        one = run if x.ranks else fold_layer        # a mere copy is nothing to compile
-        changed.append(one(x.weight.detach(), x.full.detach(), x.scales, *x.matrices(), count))
-    return sum(changed) / sum(x.weight.numel() for x in layers) if count and layers else None
+    changed = 0
+    for layer in layers:
+        weight, before = layer.weight.detach(), layer.weight.clone() if count else None
+        if layer.ranks:
+            run(weight, layer.full.detach(), layer.scales, *layer.matrices())
+        else:
+            weight.copy_(layer.full)
+        if count:
+            changed = changed + (weight != before).sum()
+    return changed / sum(x.weight.numel() for x in layers) if count and layers else None
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ import torch
 # ------------------------------------------------------------------------------------------------------------
 # ROUTING RULES: EDIT HERE. A rule is a function of one expert at one step that returns a 0-d tensor; the
 # highest scores of a module win. To try your own, write it and name it in SCORES: `train.py --score yours`.
+# On a GPU it is compiled and replayed: no .item(), no `if` on a tensor, no state of its own, or use --eager.
 
 class Expert(NamedTuple):
     """What a rule sees; it must change nothing. The lists run over the expert's matrices: [W] of a full
@@ -219,15 +220,15 @@ class MoLFAdamW(torch.optim.Optimizer):
     def update(self, ok=None, clip=None):
         """The step itself: device work only, on tensors that stay where they are, so that a CUDA graph of it
         can be replayed, each time after a refresh()."""
-        ok, everyone = self.true if ok is None else ok, self.top_k == self.scores.shape[1]
+        ok, alone = self.true if ok is None else ok, self.scores.shape[1] == 1
         torch._foreach_copy_(self.hypers, list(self.hyper))
         if self.modules:
-            scores = [self._pass(i, ok, clip, everyone) for module in self.modules for i in module]
+            scores = [self._pass(i, ok, clip, alone) for module in self.modules for i in module]
             self.scores.copy_(torch.stack(scores).view_as(self.scores))
             alive = ~self.scores.isnan().any(dim=-1, keepdim=True)
             self.winners.copy_(route(self.scores, self.top_k) & alive & ok)
             torch._foreach_copy_(self.wins, list(self.winners.flatten()))
-        for i, wins in zip(chain(*self.modules), self.wins) if not everyone else ():
+        for i, wins in zip(chain(*self.modules), self.wins) if not alone else ():
             w, copies, _, m, v = self._tensors(i)
             self.move(w, copies, m, v, self.hypers[i], wins, self.param_groups[i]["eps"])
         for i, group in enumerate(self.param_groups):
@@ -245,7 +246,7 @@ class MoLFAdamW(torch.optim.Optimizer):
             score = self.observe_and_move(rule, group["kind"], w, copies, g, *args)
         else:
             score = self.observe(rule, group["kind"], w, g, *args)
-        return self.hyper.new_zeros(()) if score is None else score
+        return self.hyper.new_zeros(()) if rule is None else score
 
     def _tensors(self, i):
         """What a pass goes over: of the parameters of group i that have a gradient, lists."""
@@ -257,8 +258,12 @@ class MoLFAdamW(torch.optim.Optimizer):
                 [self.state[p]["exp_avg_sq"] for p in params])
 
     def load_state_dict(self, state_dict):
+        params = [p for g in self.param_groups for p in g["params"]]
+        for i, p in enumerate(params):
+            if set(self.state[p]) != set(state_dict["state"][i]):
+                raise ValueError(f"parameter {i} is {p.dtype}, and was saved from one of another precision")
         super().load_state_dict(state_dict)
-        for i, p in enumerate(p for g in self.param_groups for p in g["params"]):
+        for i, p in enumerate(params):
             for key, value in state_dict["state"][i].items():   # torch has cast it to the parameter's dtype
                 self.state[p][key] = value.to(p.device, torch.float32, copy=True)
 

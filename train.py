@@ -26,7 +26,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import chain, cycle
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +39,8 @@ from safetensors.torch import save_file
 import data
 from data import Tokenizer
 from model import (LOGIT_ROWS, Block, MoLFLinear, Packed, Transformer, add_experts, cross_entropy,
-                   find_checkpoint, fold, fold_layer, read_config, save_safely, unfold, unfold_layer)
+                   find_checkpoint, fold, fold_layer, on_device, read_config, save_safely, unfold,
+                   unfold_layer)
 from molf import SCORES, MoLFAdamW, param_groups
 
 # What flags mean that are not given: the paper's settings (arXiv 2605.07111), but for the toy, whose width of
@@ -93,8 +94,8 @@ def parse_args(argv=None):
     add("--export-dtype", default="bf16", choices=list(EXPORT_DTYPES), help="of the model (default: bf16)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=["bfloat16", "float32"],
-        help="of the weights in the forward pass; experts and moments are always float32 (default: bfloat16 "
-             "on a GPU, float32 on a CPU)")
+        help="of the weights in the forward pass; master weights and moments are always float32 (default: "
+             "bfloat16 on a GPU, float32 on a CPU)")
     add("--eager", action="store_true",
         help="on a GPU: no compilation, no CUDA graphs. Slower steps, a faster start")
     add("--save-every", type=int, default=500, metavar="N", help="steps between checkpoints (default: 500)")
@@ -198,18 +199,15 @@ def to_device(examples, device, size=None):
     many tokens, sequences and targets, in a layout for sequences of that length: what is added counts for
     nothing in the loss."""
     ids, lengths, where, labels = data.pack(examples)
-    n, sequences, m, longest = size or (len(ids), 0, len(where), None)
+    longest = None
     if size:
+        n, sequences, m, longest = size
         lengths += [n - len(ids)] + [0] * (sequences - len(lengths) - 1)
-    ids, where, labels = ids + [0] * (n - len(ids)), where + [0] * (m - len(where)), \
-        labels + [-100] * (m - len(labels))
+        ids += [0] * (n - len(ids))
+        where += [0] * (m - len(where))
+        labels += [-100] * (m - len(labels))
     ids, where, labels = (on_device(torch.tensor(x), device) for x in (ids, where, labels))
     return ids, Packed(lengths, device, longest), where, labels
-
-
-def on_device(x, device):
-    """A copy that the host does not wait for."""
-    return (x.pin_memory() if torch.device(device).type == "cuda" else x).to(device, non_blocking=True)
 
 
 @lru_cache(maxsize=2)
@@ -256,28 +254,39 @@ class Step:
         self.device = self.params[0].device
         self.ok = torch.ones((), dtype=torch.bool, device=self.device)      # so far all was finite
         self.unfold, self.fold = unfold_layer, fold_layer
-        if fast:
-            parts = unfold_layer, fold_layer, Block.forward, cross_entropy
-            self.unfold, self.fold, model.train_block, model.train_loss = (
-                torch.compile(f, dynamic=True) for f in parts)
-            optimizer.compile()
-            self.graphs, self.pool, self.warm = {}, None, False
-            self.targets, self.longest, self.largest = {}, 0, []
-            for batch in batches:               # what will come: how many targets, how long a sequence
-                self.largest = max(self.largest, batch, key=count_tokens)
-                for micro in micro_batches(batch, a.max_tokens):
-                    n, m = padded(count_tokens(micro)), count_targets(micro)
-                    self.targets[n] = max(m, self.targets.get(n, 0))
-                    self.longest = max(self.longest, n - count_tokens(micro), *(len(e.ids) for e in micro))
+        self.graphs, self.pool, self.warm = {}, None, False
+        # what will come: of each size the most targets, and a batch; the longest sequence; the largest batch
+        self.targets, self.examples, self.longest, self.largest = {}, {}, 0, []
+        if not fast:
+            return
+        torch.fx.experimental._config.use_duck_shape = False    # sizes that are equal need not stay so
+        parts = unfold_layer, fold_layer, Block.forward, cross_entropy
+        self.unfold, self.fold, model.train_block, model.train_loss = (
+            torch.compile(f, dynamic=True) for f in parts)
+        optimizer.compile()
+        for batch in batches:
+            self.largest = max(self.largest, batch, key=count_tokens)
+            n, micros = self.cut(batch)
+            self.examples[n] = batch
+            self.targets[n] = max(self.targets.get(n, 0), *(padded(count_targets(m)) for m in micros))
+            for micro in micros:
+                self.longest = max(self.longest, n - count_tokens(micro), *(len(e.ids) for e in micro))
+
+    def cut(self, batch):
+        """-> n, micro-batches: as few as fit into --max-tokens, as even as can be, all to be padded to n."""
+        limit = self.a.max_tokens
+        few = len(list(micro_batches(batch, limit)))
+        limit = count_tokens(batch) // few
+        while len(micros := list(micro_batches(batch, limit))) > few:
+            limit = padded(limit + 1)
+        return padded(max(map(count_tokens, micros))), micros
 
     def inputs(self, batch):
         """-> sizes, micro-batches padded to them, the number of targets of the whole batch."""
-        micros, sizes = list(micro_batches(batch, self.a.max_tokens)), [None]
-        if self.fast:
-            sizes = [padded(count_tokens(micro)) for micro in micros]
-            sizes = [(n, self.a.batch_size + 1, self.targets[n], self.longest) for n in sizes]
-        micros = [to_device(m, self.device, size) for m, size in zip(micros, cycle(sizes))]
-        return tuple(sizes), micros, on_device(torch.tensor(float(count_targets(batch))), self.device)
+        n, micros = self.cut(batch)
+        size = (n, self.a.batch_size + 1, self.targets[n], self.longest) if self.fast else None
+        micros = [to_device(m, self.device, size) for m in micros]
+        return (n, len(micros)), micros, on_device(torch.tensor(float(count_targets(batch))), self.device)
 
     def gradients(self, micros, n_targets):
         """-> loss, norm; every expert's gradient is in place."""
@@ -287,15 +296,15 @@ class Step:
             part.backward()                     # G = dL/dW_eff of every linear; autograd for the rest
             loss = loss + part.detach()
         unfold(self.model, self.unfold)         # one G -> the exact gradient of every expert
-        return loss, torch.nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
+        grads = [p.grad for p in self.params if p.grad is not None]
+        return loss, torch.stack(torch._foreach_norm(grads, dtype=torch.float32)).norm()
 
     def finish(self, loss, norm, count):
         self.ok.logical_and_((loss + norm).isfinite())
         clip = (self.a.clip / (norm + 1e-6)).clamp_max(1)
         self.optimizer.update(self.ok, clip)                    # moments, scores, winners
         self.optimizer.zero_grad()
-        # the winners' new weights -> the one weight (compiled, it would compare before it rounds)
-        changed = fold(self.model, count, fold_layer if count else self.fold)
+        changed = fold(self.model, count, self.fold)            # the winners' new weights -> the one weight
         return loss, norm, changed
 
     def record(self, sizes, micros, n_targets, count):
@@ -311,11 +320,15 @@ class Step:
     def __call__(self, batch, count=False):
         sizes, micros, n_targets = self.inputs(batch)
         if not self.fast or not self.warm or self.device.type != "cuda":
-            self.warm = True                    # the very first step compiles, and sets libraries up
+            if self.fast and not self.warm:     # the first step is not captured: it compiles what will come
+                for n in {f(self.targets, key=self.targets.get) for f in (min, max)}:
+                    self.gradients(*self.inputs(self.examples[n])[1:])
+                    self.optimizer.zero_grad()
+                self.warm = True
             loss, norm = self.gradients(micros, n_targets)
             self.optimizer.refresh(self.optimizer.present())
             return self.finish(loss, norm, count)
-        if not self.graphs:                     # the largest first: the others then fit into its memory
+        if not self.graphs:                     # the largest first: most others then fit into its memory
             self.record(*self.inputs(self.largest), False)
         if (sizes, count) not in self.graphs:
             self.record(sizes, micros, n_targets, count)
@@ -710,6 +723,8 @@ def read_data(a, tokenizer):
 def main(argv=None):
     a = parse_args(argv)
     torch.set_flush_denormal(True)      # second moments reach 1e-40, where a CPU is several times slower
+    if a.device.startswith("cuda"):
+        torch.cuda.set_device(torch.device(a.device).index or 0)    # a CUDA graph captures the current one
     try:
         out, source = Path(a.out), find_checkpoint(a.model)
         if out.exists() and not out.is_dir():

@@ -473,10 +473,14 @@ def steps_of(method, fast, device, n=4, score="epd", lr=1e-4, **options):
     batches = [examples[i:i + 8 - (i == 8)] for i in range(0, 8 * n, 8)]        # one is a sequence short
     step, seen = train.Step(model, optimizer, a, batches, fast), []
     for i, batch in enumerate(batches):
+        if i == 1:
+            torch._dynamo.utils.counters.clear()
         loss, norm, changed = step(batch, count=i % 2 == 0)
         assert (changed is None) == (i % 2 == 1 or method in ("lora", "molf-e"))
         numbers = torch.stack([loss, norm])
         seen.append([t.clone().cpu() for t in (numbers, optimizer.winners, optimizer.scores)])
+    # whatever is compiled later than in the first step would be compiled in the middle of a capture
+    assert not torch._dynamo.utils.counters["stats"]["unique_graphs"]
     numbers, winners, scores = (torch.stack(x) for x in zip(*seen))
     merged = [m.merged().float().cpu() for m in model.modules() if isinstance(m, MoLFLinear)]
     return numbers, winners, scores, step, merged
@@ -487,9 +491,8 @@ def test_a_compiled_step_is_the_eager_one(method, options):
     """On a CPU, in fp32, with micro-batches that are padded: losses to 1e-6, the same winners."""
     want, winners, scores, _, weights = steps_of(method, False, "cpu", **options)
     torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
     got, winners2, scores2, step, weights2 = steps_of(method, True, "cpu", **options)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 5         # it was compiled
+    assert torch._dynamo.utils.counters["frames"]["ok"] == 0 < len(step.targets)
     torch.testing.assert_close(got[:, 0], want[:, 0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(got[:, 1], want[:, 1], rtol=1e-4, atol=0)
     assert torch.equal(winners, winners2)
@@ -518,6 +521,25 @@ def test_padding_counts_for_nothing():
     assert len(set(sizes)) < 400
 
 
+def test_a_batch_is_cut_evenly_and_into_few_sizes():
+    rng, a = random.Random(0), flags(max_tokens=4096)
+    batches = [[data.Example([1] * rng.randint(20, 900), 10, 0) for _ in range(32)] for _ in range(300)]
+    model = Transformer.from_pretrained("toy")
+    add_experts(model, ranks=(2,))
+    step = train.Step(model, MoLFAdamW(param_groups(model)), a, batches)
+    seen = set()
+    for batch in batches:
+        n, micros = step.cut(batch)
+        sizes = [train.count_tokens(m) for m in micros]
+        assert [e for m in micros for e in m] == batch and max(sizes) <= min(n, 4096)
+        assert len(micros) == len(list(train.micro_batches(batch, 4096)))
+        assert n * len(micros) < 1.35 * sum(sizes)
+        seen.add((n, len(micros)))
+    assert len(seen) < 60
+    long = [data.Example([1] * 5000, 10, 0), data.Example([1] * 10, 5, 0)]      # longer than --max-tokens
+    assert [len(m) for m in step.cut(long)[1]] == [1, 1]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("method, options", [
     ("fft", {}), ("lora", {}), ("molf", {}), ("molf-e", {}), ("molf", dict(checkpointing=True)),
@@ -525,7 +547,7 @@ def test_padding_counts_for_nothing():
 def test_a_captured_step_is_the_eager_one(method, options):
     want, winners, scores, _, weights = steps_of(method, False, "cuda", n=10, **options)
     got, winners2, scores2, step, weights2 = steps_of(method, True, "cuda", n=10, **options)
-    assert 1 < len(step.graphs) < 20
+    assert 1 < len(step.graphs)
     torch.testing.assert_close(got, want, rtol=0.02, atol=1e-3)
     assert (winners == winners2).float().mean() > 0.97
     for w, w2 in zip(weights, weights2):
@@ -536,19 +558,27 @@ def test_a_captured_step_is_the_eager_one(method, options):
 def test_a_replayed_step_draws_new_random_numbers():
     _, winners, scores, _, _ = steps_of("molf", True, "cuda", n=10, score="random", max_tokens=16384)
     assert len({tuple(w.flatten().tolist()) for w in winners}) == len(winners)
-    numbers, *_ = steps_of("molf", True, "cuda", n=10, dropout=0.5, lr=0.0, max_tokens=16384)
-    again, *_ = steps_of("molf", True, "cuda", n=10, dropout=0.0, lr=0.0, max_tokens=16384)
-    assert numbers.isfinite().all() and again.isfinite().all()
+    for dropout, different in ((0.5, 3), (0.0, 1)):
+        _, _, _, step, _ = steps_of("lora", True, "cuda", n=10, lr=1e-2, dropout=dropout, max_tokens=16384)
+        for group in step.optimizer.param_groups:
+            group["lr"] = 0.0
+        losses = {step(step.largest)[0].item() for _ in range(3)}
+        assert len(losses) == different
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_loss_that_is_not_finite_moves_nothing_in_a_captured_step():
     _, _, _, step, _ = steps_of("molf", True, "cuda", n=4, max_tokens=16384)
-    batch = step.largest
-    before = [p.clone() for p in step.params]
-    step.ok.fill_(False)
-    step(batch)
-    assert all(torch.equal(p, q) for p, q in zip(step.params, before)) and not step.optimizer.winners.any()
+    step(step.largest)
+    graphs = len(step.graphs)
+    with torch.no_grad():       # (what the forward pass uses, not its master: the next fold mends it)
+        step.model.model["layers"][0].mlp.up_proj.weight[3, 3] = torch.nan
+    tensors = [*step.params, *(t for s in step.optimizer.state.values() for t in s.values())]
+    before = [t.clone() for t in tensors]
+    loss, *_ = step(step.largest)
+    assert loss.isnan() and not step.ok and len(step.graphs) == graphs
+    assert all(torch.equal(t, q) for t, q in zip(tensors, before))
+    assert not step.optimizer.winners.any()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -858,22 +888,16 @@ def test_close_answers_of_a_bf16_model_do_not_tie():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_optimizer_never_waits_for_the_gpu():
-    model = Transformer.from_pretrained("toy", torch.bfloat16, "cuda")
-    add_experts(model, ranks=(4,))
-    optimizer = MoLFAdamW(param_groups(model))
-    _, examples = toy_examples()
-    for mode in ("default", "error"):                   # in the second round a sync is an error
-        model.loss(*train.to_device(examples, "cuda")).backward()
-        torch.cuda.set_sync_debug_mode(mode)
-        try:
-            unfold(model)
-            params = [p for g in optimizer.param_groups for p in g["params"]]
-            norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
-            optimizer.step(ok=norm.isfinite())
-            fold(model)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+def test_a_step_never_waits_for_the_gpu():
+    _, _, _, step, _ = steps_of("molf", True, "cuda", n=4, max_tokens=16384)
+    _, _, _, eager, _ = steps_of("molf", False, "cuda", n=4, max_tokens=16384)
+    batch = step.largest
+    step(batch), eager(batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(batch), eager(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_packed_layout_on_a_device_is_that_of_its_lengths():
