@@ -10,7 +10,7 @@ family's tokenizer (lengths.json: prompt and target tokens of 512 rows a task), 
 runs in a process of its own, through the same `train.Step` as in train.py, and prints for each task:
 
     ms/step   over all rounds of 16 batches, everything captured before
-    optim.    what forward and backward alone do not take of it: unfold, norm, optimizer, fold
+    optim.    what forward and backward alone do not take of it: packing, unfold, norm, optimizer, fold
     tok/s     tokens a second, padding not counted
     MFU       model FLOPs utilisation: of what the bf16 product of two 8192 x 8192 matrices reaches here
     GB        peak of the memory that was allocated, and of that held by torch
