@@ -545,7 +545,7 @@ def fold_layer(weight, full, scales, A, B):
     is small, and so is its rounding beside the sum's."""
     new = full
     for s, a, b in zip(scales, A, B):
-        new = new + s * (b @ a).float()
+        new = new + s * (b @ a).to(full.dtype)
     weight.copy_(new)
 
 
