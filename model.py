@@ -309,7 +309,7 @@ class Transformer(nn.Module):
             angle = layout.pos[:, None, None] * (theta ** -half / factor)               # (N, 1, D/2), fp32
             rope[kind] = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         run = self.train_block if self.training else Block.__call__
-        if self.training and torch.is_grad_enabled() and not x.requires_grad:
+        if run is not Block.__call__ and torch.is_grad_enabled() and not x.requires_grad:
             x.requires_grad_()          # else a first block on a frozen base would be compiled by itself
         for block, kind in zip(self.model["layers"], c.layer_types):
             if self.checkpointing and torch.is_grad_enabled():

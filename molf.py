@@ -139,11 +139,10 @@ def move(w, copies, m, v, hyper, wins, eps):
             copy.copy_(w)
 
 
-def observe_and_move(score, kind, w, copies, g, m, v, hyper, ok, clip, scale, betas, eps):
-    """Both in one pass, for what moves whatever its score."""
-    value = observe(score, kind, w, g, m, v, hyper, ok, clip, scale, betas, eps)
+def observe_and_move(w, copies, g, m, v, hyper, ok, clip, betas, eps):
+    """Both in one pass, for what has no other expert beside it: plain AdamW."""
+    observe(None, "", w, g, m, v, hyper, ok, clip, 1.0, betas, eps)
     move(w, copies, m, v, hyper, ok, eps)
-    return value
 
 
 class MoLFAdamW(torch.optim.Optimizer):
@@ -240,13 +239,12 @@ class MoLFAdamW(torch.optim.Optimizer):
         group, (w, copies, g, m, v) = self.param_groups[i], self._tensors(i)
         if not g:
             return self.hyper.new_full((), torch.nan)
-        rule = None if group["kind"] == "rest" or self.scores.shape[1] == 1 else self.score
-        args = m, v, self.hypers[i], ok, clip, group["scale"], group["betas"], group["eps"]
+        hyper, betas, eps = self.hypers[i], group["betas"], group["eps"]
         if whole:
-            score = self.observe_and_move(rule, group["kind"], w, copies, g, *args)
-        else:
-            score = self.observe(rule, group["kind"], w, g, *args)
-        return self.hyper.new_zeros(()) if rule is None else score
+            self.observe_and_move(w, copies, g, m, v, hyper, ok, clip, betas, eps)
+            return self.hyper.new_zeros(())
+        kind, scale = group["kind"], group["scale"]
+        return self.observe(self.score, kind, w, g, m, v, hyper, ok, clip, scale, betas, eps)
 
     def _tensors(self, i):
         """What a pass goes over: of the parameters of group i that have a gradient, lists."""
