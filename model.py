@@ -7,7 +7,7 @@ Every target linear holds a list of experts, and its forward pass uses them all 
 
     W_eff = W + sum_i s_i B_i A_i        s_i = alpha / sqrt(r_i)   (rsLoRA, arXiv 2312.03732)
 
-The forward pass needs only W_eff, so where the full expert W trains, W_eff itself is the layer's weight
+The forward pass needs only W_eff, so where a full expert W trains beside others, W_eff is the layer's weight
 ("folded"): as fast as a plain linear, and its one gradient G = dL/dW_eff gives that of every expert.
 
     loss.backward()          # G, in weight.grad
@@ -451,16 +451,16 @@ class Transformer(nn.Module):
 class MoLFLinear(nn.Linear):
     """A linear whose weight is a sum of experts, W + sum_i s_i B_i A_i.
 
-    Folded (the full expert trains, no dropout): `weight` is W_eff in the model's dtype, `full` is W in fp32;
-    `unfold` and `fold` carry gradients out and new weights in. Else two paths: `weight` is W, and autograd
-    gives the gradients of A and B, so that a frozen base needs no full-size gradient. A and B have the
-    model's dtype; where that is bf16 the optimizer keeps their fp32 masters."""
+    Folded (a full and LoRA experts train, no dropout): `weight` is W_eff in the model's dtype, `full` is W in
+    fp32; `unfold` and `fold` carry gradients out and new weights in. Else `weight` is W, and autograd gives
+    the gradients of all that trains, so that a frozen base needs no full-size gradient. A and B have the
+    model's dtype; of what is bf16 and trains, the optimizer keeps fp32 masters."""
 
     def __init__(self, linear, ranks, alpha, full, dropout):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.folded, self.ranks, self.dropout = full and dropout == 0, tuple(ranks), dropout
+        self.folded, self.ranks, self.dropout = bool(full and ranks and not dropout), tuple(ranks), dropout
         self.scales = [alpha / math.sqrt(r) for r in ranks]
         A = [torch.empty(r, self.in_features, device=self.weight.device) for r in ranks]
         for a in A:
@@ -562,20 +562,10 @@ def unfold(model, run=unfold_layer):
 
 
 @torch.no_grad()
-def fold(model, count=False, run=fold_layer):
-    """weight <- W + sum s B A. Call it after the optimizer's step.
-    count: -> the share of the weights that changed, 0-d, on the device; None on a frozen base."""
-    layers = folded_layers(model)
-    changed = 0
-    for layer in layers:
-        weight, before = layer.weight.detach(), layer.weight.clone() if count else None
-        if layer.ranks:
-            run(weight, layer.full.detach(), layer.scales, *layer.matrices())
-        else:
-            weight.copy_(layer.full)
-        if count:
-            changed = changed + (weight != before).sum()
-    return changed / sum(x.weight.numel() for x in layers) if count and layers else None
+def fold(model, run=fold_layer):
+    """weight <- W + sum s B A. Call it after the optimizer's step."""
+    for layer in folded_layers(model):
+        run(layer.weight.detach(), layer.full.detach(), layer.scales, *layer.matrices())
 
 
 # ------------------------------------------------------------------------------------------------------------

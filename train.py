@@ -242,7 +242,8 @@ def padded(n):
 
 class Step:
     """step(batch, count) does one optimizer step on a list of examples. -> loss, gradient norm and, if it is
-    to count, the share of weights that changed: 0-d tensors on the device, good until the next step.
+    to count, the share of weights that changed (None on a frozen base): 0-d tensors on the device, good until
+    the next step.
 
     fast: its parts are compiled, and micro-batches padded to a few sizes. On a GPU all that the device does
     is recorded, for each size once, as a CUDA graph, and then replayed: launched one by one, the thousands of
@@ -252,6 +253,8 @@ class Step:
         self.model, self.optimizer, self.a, self.fast = model, optimizer, a, fast
         self.params = [p for g in optimizer.param_groups for p in g["params"]]
         self.device = self.params[0].device
+        self.weights = [m.weight.detach() for m in model.modules()
+                        if isinstance(m, MoLFLinear) and m.weight.requires_grad]
         self.ok = torch.ones((), dtype=torch.bool, device=self.device)      # so far all was finite
         self.unfold, self.fold = unfold_layer, fold_layer
         self.graphs, self.pool, self.warm = {}, None, False
@@ -260,6 +263,7 @@ class Step:
         if not fast:
             return
         torch.fx.experimental._config.use_duck_shape = False    # sizes that are equal need not stay so
+        torch._dynamo.config.specialize_float = True    # else a LoRA scale is a tensor, and on the CPU
         parts = unfold_layer, fold_layer, Block.forward, cross_entropy
         self.unfold, self.fold, model.train_block, model.train_loss = (
             torch.compile(f, dynamic=True) for f in parts)
@@ -302,10 +306,12 @@ class Step:
     def finish(self, loss, norm, count):
         self.ok.logical_and_((loss + norm).isfinite())
         clip = (self.a.clip / (norm + 1e-6)).clamp_max(1)
+        before = [w.clone() for w in self.weights] if count else []
         self.optimizer.update(self.ok, clip)                    # moments, scores, winners
         self.optimizer.zero_grad()
-        changed = fold(self.model, count, self.fold)            # the winners' new weights -> the one weight
-        return loss, norm, changed
+        fold(self.model, self.fold)                             # the winners' new weights -> the one weight
+        changed = sum((new != old).sum() for new, old in zip(self.weights, before))
+        return loss, norm, changed / sum(w.numel() for w in before) if before else None
 
     def record(self, sizes, micros, n_targets, count):
         """Capture what the device has to do for a batch of these sizes; it is not done yet."""

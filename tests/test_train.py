@@ -548,7 +548,8 @@ def test_a_captured_step_is_the_eager_one(method, options):
     want, winners, scores, _, weights = steps_of(method, False, "cuda", n=10, **options)
     got, winners2, scores2, step, weights2 = steps_of(method, True, "cuda", n=10, **options)
     assert 1 < len(step.graphs)
-    torch.testing.assert_close(got, want, rtol=0.02, atol=1e-3)
+    torch.testing.assert_close(got[:, 0], want[:, 0], rtol=0.02, atol=1e-3)
+    torch.testing.assert_close(got[:, 1], want[:, 1], rtol=0.1, atol=1e-3)      # a norm of what is left of it
     assert (winners == winners2).float().mean() > 0.97
     for w, w2 in zip(weights, weights2):
         assert (w - w2).norm() < 0.01 * w.norm()
