@@ -550,22 +550,24 @@ def fold_layer(weight, full, scales, A, B):
 
 
 @torch.no_grad()
-def unfold(model, run=unfold_layer):
+def unfold(model, run=unfold_layer, each=map):
     """One G -> the exact gradient of every expert. Call it between backward and the optimizer's step."""
-    for layer in folded_layers(model):
+    def one(layer):
         G, layer.weight.grad = layer.weight.grad, None                      # (out, in)
         if G is not None:                                                   # else it took no part in the loss
             layer.full.grad = G                                             # dL/dW = G
             for params, grads in zip((layer.A, layer.B), run(G, layer.scales, *layer.matrices())):
                 for p, grad in zip(params, grads):
                     p.grad = grad
+    list(each(one, folded_layers(model)))
 
 
 @torch.no_grad()
-def fold(model, run=fold_layer):
+def fold(model, run=fold_layer, each=map):
     """weight <- W + sum s B A. Call it after the optimizer's step."""
-    for layer in folded_layers(model):
+    def one(layer):
         run(layer.weight.detach(), layer.full.detach(), layer.scales, *layer.matrices())
+    list(each(one, folded_layers(model)))
 
 
 # ------------------------------------------------------------------------------------------------------------

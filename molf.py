@@ -175,6 +175,7 @@ class MoLFAdamW(torch.optim.Optimizer):
             raise ValueError(f"top_k is {top_k}, but a module has {n} expert{'s' * (n > 1)}: give 1 to {n}")
         self.score, self.top_k = score, top_k
         self.observe, self.move, self.observe_and_move = observe, move, observe_and_move
+        self.each = map             # how to go through the experts: train.py does it on several streams
         device = self.param_groups[0]["params"][0].device
         self.hyper = torch.zeros(len(self.param_groups), 4, device=device)
         self.true = torch.ones((), dtype=torch.bool, device=device)
@@ -221,20 +222,19 @@ class MoLFAdamW(torch.optim.Optimizer):
         can be replayed, each time after a refresh()."""
         ok, alone = self.true if ok is None else ok, self.scores.shape[1] == 1
         torch._foreach_copy_(self.hypers, list(self.hyper))
-        if self.modules:
-            scores = [self._pass(i, ok, clip, alone) for module in self.modules for i in module]
+        experts = list(chain(*self.modules))
+        rest = [i for i, group in enumerate(self.param_groups) if group["kind"] == "rest"]
+        passes = [(i, alone) for i in experts] + [(i, True) for i in rest]
+        scores = list(self.each(lambda x: self._pass(*x, ok, clip), passes))[:len(experts)]
+        if experts:
             self.scores.copy_(torch.stack(scores).view_as(self.scores))
             alive = ~self.scores.isnan().any(dim=-1, keepdim=True)
             self.winners.copy_(route(self.scores, self.top_k) & alive & ok)
+        if not alone:
             torch._foreach_copy_(self.wins, list(self.winners.flatten()))
-        for i, wins in zip(chain(*self.modules), self.wins) if not alone else ():
-            w, copies, _, m, v = self._tensors(i)
-            self.move(w, copies, m, v, self.hypers[i], wins, self.param_groups[i]["eps"])
-        for i, group in enumerate(self.param_groups):
-            if group["kind"] == "rest":
-                self._pass(i, ok, clip, True)
+            list(self.each(lambda x: self._move(*x), zip(experts, self.wins)))
 
-    def _pass(self, i, ok, clip, whole):
+    def _pass(self, i, whole, ok, clip):
         """The first pass over group i, or the whole step. -> its score; NaN where there is no gradient."""
         group, (w, copies, g, m, v) = self.param_groups[i], self._tensors(i)
         if not g:
@@ -245,6 +245,10 @@ class MoLFAdamW(torch.optim.Optimizer):
             return self.hyper.new_zeros(())
         kind, scale = group["kind"], group["scale"]
         return self.observe(self.score, kind, w, g, m, v, hyper, ok, clip, scale, betas, eps)
+
+    def _move(self, i, wins):
+        w, copies, _, m, v = self._tensors(i)
+        self.move(w, copies, m, v, self.hypers[i], wins, self.param_groups[i]["eps"])
 
     def _tensors(self, i):
         """What a pass goes over: of the parameters of group i that have a gradient, lists."""

@@ -25,8 +25,8 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
-from functools import lru_cache
-from itertools import chain
+from functools import lru_cache, partial
+from itertools import chain, cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -240,6 +240,22 @@ def padded(n):
     return -(-n // unit) * unit
 
 
+def in_turn(streams):
+    """A map(f, items) that works in turn on the current CUDA stream and on these: so the small kernels of one
+    item run beside the large ones of another. What comes behind it waits for all."""
+    def map_in_turn(f, items):
+        here, results = torch.cuda.current_stream(), []
+        for stream in streams:
+            stream.wait_stream(here)
+        for x, stream in zip(items, cycle([here, *streams])):
+            with torch.cuda.stream(stream):
+                results.append(f(x))
+        for stream in streams:
+            here.wait_stream(stream)
+        return results
+    return map_in_turn
+
+
 class Step:
     """step(batch, count) does one optimizer step on a list of examples. -> loss, gradient norm and, if it is
     to count, the share of weights that changed (None on a frozen base): 0-d tensors on the device, good until
@@ -256,7 +272,7 @@ class Step:
         self.weights = [m.weight.detach() for m in model.modules()
                         if isinstance(m, MoLFLinear) and m.weight.requires_grad]
         self.ok = torch.ones((), dtype=torch.bool, device=self.device)      # so far all was finite
-        self.unfold, self.fold = unfold_layer, fold_layer
+        self.unfold, self.fold = partial(unfold, model), partial(fold, model)
         self.graphs, self.pool, self.warm = {}, None, False
         # what will come: of each size the most targets, and a batch; the longest sequence; the largest batch
         self.targets, self.examples, self.longest, self.largest = {}, {}, 0, []
@@ -264,9 +280,12 @@ class Step:
             return
         torch.fx.experimental._config.use_duck_shape = False    # sizes that are equal need not stay so
         torch._dynamo.config.specialize_float = True    # else a LoRA scale is a tensor, and on the CPU
-        parts = unfold_layer, fold_layer, Block.forward, cross_entropy
-        self.unfold, self.fold, model.train_block, model.train_loss = (
-            torch.compile(f, dynamic=True) for f in parts)
+        if self.device.type == "cuda":
+            optimizer.each = in_turn([torch.cuda.Stream() for _ in range(2)])
+        model.train_block, model.train_loss = (
+            torch.compile(f, dynamic=True) for f in (Block.forward, cross_entropy))
+        self.unfold = partial(unfold, model, torch.compile(unfold_layer, dynamic=False), optimizer.each)
+        self.fold = partial(fold, model, torch.compile(fold_layer, dynamic=False), optimizer.each)
         optimizer.compile()
         for batch in batches:
             self.largest = max(self.largest, batch, key=count_tokens)
@@ -299,7 +318,7 @@ class Step:
             part = self.model.loss(*micro) / n_targets
             part.backward()                     # G = dL/dW_eff of every linear; autograd for the rest
             loss = loss + part.detach()
-        unfold(self.model, self.unfold)         # one G -> the exact gradient of every expert
+        self.unfold()                           # one G -> the exact gradient of every expert
         grads = [p.grad for p in self.params if p.grad is not None]
         return loss, torch.stack(torch._foreach_norm(grads, dtype=torch.float32)).norm()
 
@@ -309,7 +328,7 @@ class Step:
         before = [w.clone() for w in self.weights] if count else []
         self.optimizer.update(self.ok, clip)                    # moments, scores, winners
         self.optimizer.zero_grad()
-        fold(self.model, self.fold)                             # the winners' new weights -> the one weight
+        self.fold()                                             # the winners' new weights -> the one weight
         changed = sum((new != old).sum() for new, old in zip(self.weights, before))
         return loss, norm, changed / sum(w.numel() for w in before) if before else None
 
