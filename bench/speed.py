@@ -275,9 +275,11 @@ def main():
             folder = ROOT / "toy"
         else:
             torch.manual_seed(0)
-            model = Transformer(Config.from_dict(SHAPES[a.shape])).to(torch.bfloat16)
+            with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+                model = Transformer(Config.from_dict(SHAPES[a.shape])).to(torch.bfloat16)
             model.save_pretrained(folder)
             del model
+            torch.cuda.empty_cache()
         results, tokens = {}, {}
         print(f"{'':18s}{'task':6s}{'ms/step':>9s}{'optim.':>8s}{'tok/s':>10s}{'MFU':>6s}{'GB':>7s}"
               f"{'reserved':>9s}{'load':>6s}{'compile':>8s}{'capture':>8s} s")
