@@ -298,8 +298,8 @@ class Transformer(nn.Module):
         self.checkpointing = False      # recompute each block in the backward pass: slower, far less memory
         self.train_block, self.train_loss = Block.__call__, cross_entropy   # train.py puts compiled ones here
 
-    def hidden(self, ids, layout):
-        """ids (N,) -> the final normed hidden states (N, C)."""
+    def hidden(self, ids, layout, where=None):
+        """ids (N,) -> the final normed hidden states (N, C), or only those at the positions where (M,)."""
         c, x = self.config, self.model["embed_tokens"](ids)
         if c.gemma:     # the scale is rounded to the weights' dtype, 33.94 -> 34 (transformers#29402)
             x = x * torch.tensor(c.hidden_size ** 0.5, dtype=x.dtype)
@@ -318,7 +318,7 @@ class Transformer(nn.Module):
                                preserve_rng_state=not capturing)    # (a CUDA graph can't wind it back)
             else:
                 x = run(block, x, rope[kind], layout)
-        return self.model["norm"](x)
+        return self.model["norm"](x if where is None else x[where])
 
     @property
     def head(self):
@@ -338,7 +338,7 @@ class Transformer(nn.Module):
         Divided by the targets of the whole optimizer batch, any cut into micro-batches gives one gradient.
         Only target positions meet the vocabulary, LOGIT_ROWS at a time."""
         run = self.train_loss if self.training else cross_entropy
-        pieces = list(zip(self.hidden(ids, layout)[where].split(LOGIT_ROWS), labels.split(LOGIT_ROWS)))
+        pieces = list(zip(self.hidden(ids, layout, where).split(LOGIT_ROWS), labels.split(LOGIT_ROWS)))
         if len(pieces) == 1:
             return run(self.head, *pieces[0])
         return sum(checkpoint(run, self.head, x, y, use_reentrant=False, preserve_rng_state=False)
@@ -366,8 +366,8 @@ class Transformer(nn.Module):
             cache.pos += 1
             done.logical_or_((token[:, None] == eos).any(1))
 
-        x = self.hidden(torch.tensor(sum(prompts, []), device=weight.device), cache)
-        token = choose(x[cache.prompts.cu_seqlens[1:].long() - 1])
+        last = cache.prompts.cu_seqlens[1:].long() - 1
+        token = choose(self.hidden(torch.tensor(sum(prompts, []), device=weight.device), cache, last))
         done = (token[:, None] == eos).any(1)
         cache.begin_decoding()
         out, advance, graphed = [token.clone()], step, weight.is_cuda and temperature == 0

@@ -281,7 +281,7 @@ class Step:
         torch.fx.experimental._config.use_duck_shape = False    # sizes that are equal need not stay so
         torch._dynamo.config.specialize_float = True    # else a LoRA scale is a tensor, and on the CPU
         if self.device.type == "cuda":
-            optimizer.each = in_turn([torch.cuda.Stream() for _ in range(2)])
+            optimizer.each = in_turn([torch.cuda.Stream() for _ in range(3)])
         model.train_block, model.train_loss = (
             torch.compile(f, dynamic=True) for f in (Block.forward, cross_entropy))
         self.unfold = partial(unfold, model, torch.compile(unfold_layer, dynamic=False), optimizer.each)
@@ -321,7 +321,7 @@ class Step:
         self.unfold()                           # one G -> the exact gradient of every expert
         grads = [p.grad for p in self.params if p.grad is not None]
         norms = self.optimizer.each(lambda part: torch.stack(torch._foreach_norm(part, dtype=torch.float32)),
-                                    [grads[0::3], grads[1::3], grads[2::3]])
+                                    [grads[i::4] for i in range(4)])
         return loss, torch.cat(list(norms)).norm()
 
     def finish(self, loss, norm, count):
@@ -580,7 +580,7 @@ def score_targets(model, examples, max_tokens=16384, choices=()):
     results = [None] * len(examples)
     for batch in micro_batches(tagged, max_tokens):
         ids, layout, where, labels = to_device(batch, device)
-        hidden, logprobs, greedy, others = model.hidden(ids, layout)[where], [], [], []
+        hidden, logprobs, greedy, others = model.hidden(ids, layout, where), [], [], []
         for x, y in zip(hidden.split(LOGIT_ROWS), labels.split(LOGIT_ROWS)):
             logits = model.logits(x).float()
             norm = logits.logsumexp(1)
