@@ -178,7 +178,7 @@ class MoLFAdamW(torch.optim.Optimizer):
         self.each = map             # how to go through the experts: train.py does it on several streams
         device = self.param_groups[0]["params"][0].device
         self.hyper = torch.zeros(len(self.param_groups), 4, device=device)
-        self.true = torch.ones((), dtype=torch.bool, device=device)
+        self.true, self.zero = torch.ones((), dtype=torch.bool, device=device), torch.zeros((), device=device)
         self.scores = torch.full((len(self.modules), n), torch.nan, device=device)
         self.winners = torch.zeros(len(self.modules), n, dtype=torch.bool, device=device)
         # The same again, each group's by itself: compiled functions make a new version for every odd view.
@@ -242,7 +242,7 @@ class MoLFAdamW(torch.optim.Optimizer):
         hyper, betas, eps = self.hypers[i], group["betas"], group["eps"]
         if whole:
             self.observe_and_move(w, copies, g, m, v, hyper, ok, clip, betas, eps)
-            return self.hyper.new_zeros(())
+            return self.zero
         kind, scale = group["kind"], group["scale"]
         return self.observe(self.score, kind, w, g, m, v, hyper, ok, clip, scale, betas, eps)
 
