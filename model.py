@@ -486,7 +486,7 @@ class MoLFLinear(nn.Linear):
         return [a.detach() for a in self.A], [b.detach() for b in self.B]
 
     def merged(self):
-        """W_eff. Folded: the weight that training ran with, bit for bit. Else summed in fp32."""
+        """W_eff. On a frozen base, or with dropout, summed in fp32; else the weight that training ran with."""
         if self.folded or not self.ranks:
             return self.weight
         a, b = self.stacked()

@@ -549,7 +549,8 @@ def test_a_captured_step_is_the_eager_one(method, options):
     got, winners2, scores2, step, weights2 = steps_of(method, True, "cuda", n=10, **options)
     assert 1 < len(step.graphs)
     torch.testing.assert_close(got[:, 0], want[:, 0], rtol=0.02, atol=1e-3)
-    torch.testing.assert_close(got[:, 1], want[:, 1], rtol=0.1, atol=1e-3)      # a norm of what is left of it
+    torch.testing.assert_close(got[:5, 1], want[:5, 1], rtol=0.02, atol=1e-3)
+    torch.testing.assert_close(got[5:, 1], want[5:, 1], rtol=0.1, atol=1e-3)    # of weights that have drifted
     assert (winners == winners2).float().mean() > 0.97
     for w, w2 in zip(weights, weights2):
         assert (w - w2).norm() < 0.01 * w.norm()
@@ -758,17 +759,18 @@ def test_a_first_loss_like_that_of_guessing_is_a_warning(capsys):
         assert ("warning: the first loss is near ln(1024)" in capsys.readouterr().out) == warned
 
 
-def test_the_log_says_which_share_of_the_weights_changed():
-    """In bf16 a step of 1e-7 rounds to nothing, one of 1e-2 to something nearly everywhere."""
+@pytest.mark.parametrize("ranks", [(), (4,)])
+def test_the_log_says_which_share_of_the_weights_changed(ranks):
+    """In bf16 a step of 1e-9 rounds to nothing, one of 1e-2 to something nearly everywhere."""
     _, examples = toy_examples()
     for lr, low, high in ((1e-9, 0.0, 0.01), (1e-2, 0.9, 1.0)):
         model, seen = Transformer.from_pretrained("toy", torch.bfloat16), []
         start = {n: p.clone() for n, p in model.named_parameters() if "_proj.weight" in n}
-        add_experts(model, ranks=())
-        optimizer = MoLFAdamW(param_groups(model, lr=lr))
+        add_experts(model, ranks)
+        optimizer = MoLFAdamW(param_groups(model, lr=lr, lora_lr=lr))
         train.train(model, optimizer, examples, flags(epochs=1), lambda _, r: seen.append(r["changed"]))
         now = dict(model.named_parameters())
-        want = sum((now[n] != p).sum() for n, p in start.items()) / sum(p.numel() for p in start.values())
+        want = torch.cat([(now[n] != p)[::16].flatten() for n, p in start.items()]).float().mean()
         assert seen == [pytest.approx(want.item())] and low <= want <= high
 
 
@@ -862,13 +864,13 @@ def test_a_run_that_diverges_leaves_its_last_good_model(tmp_path, monkeypatch):
 
 def test_bf16_trains_and_exports_the_trained_weights_bit_for_bit(tmp_path):
     """The default on a GPU: bf16 weights and gradients of W, fp32 masters, experts and moments."""
-    for method in ("molf", "lora"):
+    for method in ("molf", "fft", "lora"):
         out = tmp_path / method
         main("--dtype", "bfloat16", "--method", method, "--limit", 32, "--epochs", 20, "--out", out)
         results = json.loads((out / "results.json").read_text())
         assert results["before"]["ES"]["value"] < 0.1 and results["after"]["ES"]["value"] > 0.5
         trained, exported = results["loss"].values()
-        assert trained == exported if method == "molf" else trained == pytest.approx(exported, rel=0.2)
+        assert trained == exported if method != "lora" else trained == pytest.approx(exported, rel=0.2)
 
 
 def test_close_answers_of_a_bf16_model_do_not_tie():
@@ -876,7 +878,7 @@ def test_close_answers_of_a_bf16_model_do_not_tie():
     model = Transformer.from_pretrained("toy", torch.bfloat16)
     hidden = torch.zeros(2, 128, dtype=torch.bfloat16)
     hidden[:, 0], hidden[:, 1] = 16.0, 0.125
-    model.hidden = lambda ids, layout: hidden[:1].expand(len(ids), -1)
+    model.hidden = lambda ids, layout, where: hidden[:1].expand(len(where), -1)
     with torch.no_grad():
         model.head.zero_()
         model.head[5, :2] = torch.tensor([1.25, 0.0])                       # 20.0
