@@ -13,6 +13,7 @@ The forward pass needs only W_eff, so where a full expert W trains beside others
     loss.backward()          # G, in weight.grad
     unfold(model)            # dL/dW = G    dL/dB = s G A'    dL/dA = s B' G
     optimizer.step()         # moves W, or A and B
+    optimizer.zero_grad()
     fold(model)              # weight <- W + sum s B A, in the weight's dtype
 
 Sequences are packed, never padded: the model runs on one row of N tokens. Names of modules and parameters are
@@ -486,7 +487,7 @@ class MoLFLinear(nn.Linear):
         return [a.detach() for a in self.A], [b.detach() for b in self.B]
 
     def merged(self):
-        """W_eff. On a frozen base, or with dropout, summed in fp32; else the weight that training ran with."""
+        """W_eff. On a frozen base, or with dropout, summed in fp32; else what training ran with."""
         if self.folded or not self.ranks:
             return self.weight
         a, b = self.stacked()
@@ -503,13 +504,13 @@ class MoLFLinear(nn.Linear):
 
 
 def add_experts(model, ranks=(128,), alpha=32, full=True, dropout=0.0, targets=TARGETS, train_rest=None):
-    """Put experts into every nn.Linear of `model`, any nn.Module, whose name ends in one of `targets`.
+    """Put experts into every nn.Linear of `model`, any nn.Module, whose last name is one of `targets`.
 
         fft:  add_experts(m, ranks=())              lora:   add_experts(m, full=False)
         molf: add_experts(m)                        molf-e: add_experts(m, ranks=(32, 128), full=False)
 
-    train_rest: whether embedding, norms, biases and head train; None means as in the paper, where `full`.
-    Move the model to its device and dtype first. -> the list of MoLFLinears."""
+    train_rest: whether all else trains, embedding, norms, biases, head; None means as in the paper, where
+    `full`. Move the model to its device and dtype first. -> the list of MoLFLinears."""
     if not ranks and not full:
         raise ValueError("no expert to train: give ranks, or full=True")
     if any(r < 1 for r in ranks):
@@ -524,7 +525,7 @@ def add_experts(model, ranks=(128,), alpha=32, full=True, dropout=0.0, targets=T
             layers.append(MoLFLinear(linear, ranks, alpha, full, dropout))
             setattr(model.get_submodule(parent), leaf, layers[-1])
     if not layers:
-        raise ValueError(f"the model has no nn.Linear named {', '.join(targets)}")
+        raise ValueError(f"the model has no nn.Linear named {', '.join(targets)}: give its names as targets")
     return layers
 
 
@@ -664,7 +665,7 @@ if __name__ == "__main__":
     try:
         model = Transformer.from_pretrained(path, device="cuda" if torch.cuda.is_available() else "cpu")
         tokenizer = Tokenizer.from_file(model.source)
+        (new,) = model.generate([encode_prompt(tokenizer, prompt)], 100, tokenizer.eos_ids, temperature)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
-    (new,) = model.generate([encode_prompt(tokenizer, prompt)], 100, tokenizer.eos_ids, temperature)
     print(prompt + tokenizer.decode(new))

@@ -67,7 +67,7 @@ def snr(e):
 def align(e):
     """Does the direction learnt from earlier batches still help on this one, per unit that it moves W_eff?
     S = g.u / |dW_eff(u)|, u = m / (sqrt(v) + eps) from before this step. For LoRA dW_eff = s (u_B A + B u_A);
-    r x r Gram matrices give its norm, so no (out, in) matrix is made."""
+    r x r Gram matrices give its norm, so no (out, in) matrix is made. At the first step u = 0: all tie."""
     u = [m / (v.sqrt() + e.eps) for m, v in zip(e.m_before, e.v_before)]
     gain = total(g * x for g, x in zip(e.g, u))
     if e.kind == "full":
@@ -117,7 +117,8 @@ def adamw(w, m, v, decay, step_size, correction, eps):
 
 
 # The two passes over memory, one expert (or one parameter that is not routed) at a time. Lists run over its
-# matrices; what is written is written in place, and only where a 0-d bool on the device says so.
+# matrices; what is written is written in place, and only where a 0-d bool on the device (ok, wins) says so.
+# hyper (4,): lr, 1 - lr wd, lr / (1 - b1^t), sqrt(1 - b2^t).
 
 def observe(score, kind, w, g, m, v, hyper, ok, clip, scale, betas, eps):
     """First pass: the gradients g into the moments m and v, where ok. -> the score, 0-d; None if no rule."""
@@ -152,8 +153,8 @@ class MoLFAdamW(torch.optim.Optimizer):
     score: a rule as above. top_k: how many experts of a module move at each step. A module without gradients
     sits the step out (scores NaN, no winner); one with a single expert needs no scores (they are 0). step()
     never waits for the device.
-    step(ok=..., clip=...): 0-d tensors on the device. Where ok is False nothing changes at all; clip is a
-    factor for every gradient."""
+    step(ok=..., clip=...): 0-d tensors on the device. Where ok is False (train.py: where loss or norm is not
+    finite) no weight and no moment changes; clip is a factor for every gradient."""
 
     def __init__(self, groups, lr=5e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, score=epd, top_k=1):
         super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, kind="rest",
@@ -301,7 +302,7 @@ def demo(steps=240, seed=0):
     d, bins = 64, 60
     print(f"Two {d} x {d} linears, each a full and a LoRA expert of rank 4, learn a change of their weight,\n"
           f"`rank2` one of rank 2 and `dense` one of full rank. Each character is {steps // bins} steps:\n"
-          f"# the full expert moved   . LoRA moved   + both\n")
+          f"# the full expert moved   . LoRA moved   + now one, now the other\n")
     for name, score in SCORES.items():
         torch.manual_seed(seed)
         net = torch.nn.ModuleDict({n: torch.nn.Linear(d, d, bias=False) for n in ("rank2", "dense")})

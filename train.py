@@ -6,7 +6,7 @@
     python train.py --model DIR --task sql --data train.parquet --eval-data test.parquet --out runs/mine
     python train.py --resume --out runs/mine                            # go on where it was stopped
     python train.py --eval-only runs/mine                               # or any checkpoint: train nothing
-    python train.py --model DIR --task sql --dry-run                    # counts, bytes, steps; loads nothing
+    python train.py --model DIR --task sql --dry-run                    # counts, bytes, steps; no weights
 """
 import argparse
 import csv
@@ -157,6 +157,8 @@ def parse_args(argv=None):
             p.error(f"--{key.replace('_', '-')} must be at least 1")
     if a.dropout and a.checkpointing and not a.eager and a.device.startswith("cuda"):
         p.error("--checkpointing with --dropout wants --eager: a CUDA graph can't repeat the random numbers")
+    if min(a.lr, a.lora_lr, a.weight_decay, a.lora_weight_decay) < 0 or min(a.alpha, a.clip) <= 0:
+        p.error("learning rates and weight decays can't be negative; --alpha and --clip must be above 0")
     if not 0 <= a.dropout < 1 or not 0 <= a.warmup <= 1:
         p.error("--dropout and --warmup are shares, from 0 to 1")
     try:

@@ -568,7 +568,8 @@ def test_a_download_is_whole_or_not_there_and_happens_once(tmp_path):
             self.send_response(200)
             self.send_header("Content-Length", "10")
             self.end_headers()
-            self.wfile.write({"/good.json": b"[1, 2, 34]", "/page.json": b"<p>gone</p"}.get(self.path, b"[1]"))
+            pages = {"/good.json": b"[1, 2, 34]", "/page.json": b"<p>gone</p"}
+            self.wfile.write(pages.get(self.path, b"[1]"))
             self.close_connection = True
 
         def log_message(self, *args):
@@ -618,7 +619,8 @@ def test_a_hub_that_cannot_be_reached_is_one_clear_line(monkeypatch):
 # ---------------------------------------------------------------------------------------------------- fuzzing
 
 PIECES = ["", " ", "a", "{}", "\x00", "\ud800", "\udfff", "é", "e\u0301", "\u202e", "🙂", "ÿ", "<|endoftext|>",
-          "<eos>", "\r\n", "'", ";", "--", "/*", "```", "\ufeff", "\u2028", "A" * 300, " " * 50, "١٢", "\U000e0041"]
+          "<eos>", "\r\n", "'", ";", "--", "/*", "```", "\ufeff", "\u2028", "A" * 300, " " * 50, "١٢",
+          "\U000e0041"]
 
 
 def random_text(rng):

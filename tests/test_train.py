@@ -782,6 +782,7 @@ def test_the_log_says_which_share_of_the_weights_changed(ranks):
     (["--method", "fft", "--ranks", "4"], "no LoRA expert"),
     (["--score", "best"], "invalid choice: 'best'"), (["--learning-rate", "1"], "unrecognized arguments"),
     (["--epochs", "0"], "--epochs must be at least 1"), (["--device", "gpu"], "--device gpu: "),
+    (["--alpha", "-1"], "--alpha and --clip must be above 0"), (["--lr", "-1"], "can't be negative"),
     (["--dtype", "float16"], "invalid choice: 'float16'"),
     (["--task", "med", "--data", "rows.jsonl"], "--data rows.jsonl wants --eval-data FILE"),
     (["--eval-only", "m", "--model", "n"], "names the model"),
