@@ -155,7 +155,8 @@ class Tokenizer:
         made = [token for token, _ in groupby(map("".join, merges))]
         # A token has one rank, so all merges that make it (Gemma has one for each way to cut it) must stand
         # together. At its head Gemma's file mixes runs: no harm, for these only grow by one at a time.
-        runs = [[c * a, c * b] for a in range(30, 0, -1) for b in range(31 - a, 0, -1) for c in "\n▁\t"][:-1]
+        runs = [[c * a, c * b] for a in range(30, 0, -1) for b in range(31 - a, 0, -1)
+                for c in "\n▁\t"][:-1]
         rest = made[len(runs):] if merges[:len(runs)] == runs else made
         if len(set(rest)) < len(rest):
             raise ValueError("merges that make one token are in several places: it would need several ranks")

@@ -245,20 +245,18 @@ def padded(n):
 STREAMS = 4             # on a GPU, for the passes of the optimizer
 
 
-def in_turn(streams):
-    """A map(f, items) that works in turn on the current CUDA stream and on these: so the small kernels of one
-    item run beside the large ones of another. What comes behind it waits for all."""
-    def map_in_turn(f, items):
-        here, results = torch.cuda.current_stream(), []
-        for stream in streams:
-            stream.wait_stream(here)
-        for x, stream in zip(items, cycle([here, *streams])):
-            with torch.cuda.stream(stream):
-                results.append(f(x))
-        for stream in streams:
-            here.wait_stream(stream)
-        return results
-    return map_in_turn
+def in_turn(streams, f, items):
+    """[f(x) for x in items], in turn on the current CUDA stream and on these: so the small kernels of one item
+    run beside the large ones of another. What comes behind it waits for all."""
+    here, results = torch.cuda.current_stream(), []
+    for stream in streams:
+        stream.wait_stream(here)
+    for x, stream in zip(items, cycle([here, *streams])):
+        with torch.cuda.stream(stream):
+            results.append(f(x))
+    for stream in streams:
+        here.wait_stream(stream)
+    return results
 
 
 class Step:
@@ -286,7 +284,7 @@ class Step:
         torch.fx.experimental._config.use_duck_shape = False    # sizes that are equal need not stay so
         torch._dynamo.config.specialize_float = True    # else a LoRA scale is a tensor, and on the CPU
         if self.device.type == "cuda":
-            optimizer.each = in_turn([torch.cuda.Stream() for _ in range(STREAMS - 1)])
+            optimizer.each = partial(in_turn, [torch.cuda.Stream() for _ in range(STREAMS - 1)])
         model.train_block, model.train_loss = (
             torch.compile(f, dynamic=True) for f in (Block.forward, cross_entropy))
         self.unfold = partial(unfold, model, torch.compile(unfold_layer, dynamic=False), optimizer.each)
