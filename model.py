@@ -3,27 +3,26 @@
     python model.py toy "Tamo Veril was born in"         # continue a prompt, greedily
     python model.py toy "Tamo Veril was born in" 0.8     # ... at temperature 0.8
 
-Every target linear holds a list of experts, and its forward pass uses them all (arXiv 2605.07111):
+Every target linear holds a list of experts, and its forward pass uses the sum of all (arXiv 2605.07111):
 
     W_eff = W + sum_i s_i B_i A_i        s_i = alpha / sqrt(r_i)   (rsLoRA, arXiv 2312.03732)
 
-The forward pass needs only W_eff, so where a full expert W trains beside others, W_eff is the layer's weight
-("folded"): as fast as a plain linear, and its one gradient G = dL/dW_eff gives that of every expert.
+Where the full expert W trains beside others, the layer is folded. Its weight is W_eff, so it runs as fast as
+a plain linear, and the one gradient G = dL/dW_eff gives the gradient of every expert.
 
     loss.backward()          # G, in weight.grad
-    unfold(model)            # dL/dW = G    dL/dB = s G A'    dL/dA = s B' G
+    unfold(model)            # dL/dW = G    dL/dB = s G A^T    dL/dA = s B^T G
     optimizer.step()         # moves W, or A and B
     optimizer.zero_grad()
     fold(model)              # weight <- W + sum s B A, in the weight's dtype
 
-Sequences are packed, never padded: the model runs on one row of N tokens. Names of modules and parameters are
-Hugging Face's, so loading and saving need no table of names. References: Qwen2.5 (arXiv 2412.15115), Gemma 3
-(arXiv 2503.19786), RoPE (arXiv 2104.09864).
+The model runs on one row of N tokens, in which the sequences of a batch stand end to end. Names of modules
+and parameters are Hugging Face's, so loading and saving need no table of names. References: Qwen2.5 (arXiv
+2412.15115), Gemma 3 (arXiv 2503.19786), RoPE (arXiv 2104.09864).
 """
 import inspect
 import json
 import math
-import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -36,6 +35,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
+
+from lib.files import find_checkpoint, save_safely, weight_files
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LOGIT_ROWS = 2048       # rows of logits alive at once in the loss: 2048 x 262k (Gemma) in fp32 is 2 GiB
@@ -130,15 +131,18 @@ def rope_of(raw, layer_type, gemma):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# who attends to whom: packed sequences, and a cache for generation
+# Who attends to whom. A layout has pos (N,), the position of each token in its sequence, and
+# attend(q, k, v, layer). It is a Packed row, or a KVCache while text is generated.
 
 def on_device(x, device):
     """A copy of a CPU tensor that the host does not wait for."""
-    return (x.pin_memory() if torch.device(device).type == "cuda" else x).to(device, non_blocking=True)
+    if torch.device(device).type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 class Packed:
-    """S sequences end to end in one row of N tokens. A token sees its own sequence up to itself.
+    """S sequences end to end in one row of N tokens. A token sees its own sequence, up to itself.
     lengths: of the sequences, 0 allowed. max_len: of the longest, or more."""
 
     def __init__(self, lengths, device="cpu", max_len=None):
@@ -147,21 +151,23 @@ class Packed:
         seq = torch.repeat_interleave(torch.arange(len(n)), n)
         pos = torch.arange(len(seq)) - cu_seqlens[seq]
         self.max_len = max_len or max(lengths)
-        self.cu_seqlens = on_device(cu_seqlens.int(), device)                               # (S + 1,)
-        self.seq, self.pos = on_device(seq, device), on_device(pos, device)                 # (N,), (N,)
+        self.cu_seqlens = on_device(cu_seqlens.int(), device)       # (S + 1,): where each sequence begins
+        self.seq = on_device(seq, device)                           # (N,): the sequence of each token
+        self.pos = on_device(pos, device)                           # (N,): its position there
 
     def attend(self, q, k, v, layer):
         """q (N, H, D), k and v (N, Hkv, D) -> (N, H, D). `layer`, an Attention, has scale and window."""
         scale, window = layer.scale, layer.window
         if q.is_cuda and q.dtype != torch.float32:
+            back = window - 1 if window else -1
             return varlen_attn(q, k, v, self.cu_seqlens, self.cu_seqlens, self.max_len, self.max_len,
-                               scale=scale, window_size=(window - 1 if window else -1, 0), **GQA)
-        # Elsewhere sequences are padded for this one operation, on the right: every row sees at least itself
-        # (one that sees nothing would be NaN: pytorch/pytorch#103749), and a causal mask is all it takes.
+                               scale=scale, window_size=(back, 0), **GQA)
+        # Elsewhere gather into (S, L). The columns behind a sequence's end hold other tokens. They are
+        # dropped from the result, and no token before them sees them, as the mask is causal.
         L = self.max_len
-        rows = self.cu_seqlens[:-1, None] + torch.arange(L, device=q.device)                # (S, L)
-        rows = rows.clamp_max(len(q) - 1)
-        q, k, v = (t[rows].transpose(1, 2) for t in (q, k, v))                              # (S, H, L, D)
+        index = self.cu_seqlens[:-1, None] + torch.arange(L, device=q.device)               # (S, L)
+        index = index.clamp_max(len(q) - 1)
+        q, k, v = (t[index].transpose(1, 2) for t in (q, k, v))                             # (S, H, L, D)
         if 0 < window < L:
             i = torch.arange(L, device=q.device)
             mask = (i[:, None] >= i) & (i[:, None] - i < window)                            # (L, L)
@@ -179,41 +185,50 @@ class KVCache:
         shape = (c.num_hidden_layers, 2, len(lengths), c.num_key_value_heads, max_len, c.head_dim)
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
         self.prompts = Packed(lengths, device)
-        self.seq, self.pos = self.prompts.seq, self.prompts.pos
+        self.seq = self.prompts.seq
+        self.pos = self.prompts.pos
 
     def begin_decoding(self):
         """From here on there is one token a sequence, at the position behind its prompt."""
         self.pos = self.prompts.cu_seqlens.diff().long()                                    # (B,)
-        self.seq, self.prompts = torch.arange(len(self.pos), device=self.pos.device), None
+        self.seq = torch.arange(len(self.pos), device=self.pos.device)
+        self.prompts = None
 
     def attend(self, q, k, v, layer):
-        window, (keys, values) = layer.window, self.kv[layer.index]                         # (B, Hkv, T, D)
-        keys[self.seq, :, self.pos], values[self.seq, :, self.pos] = k, v
+        keys, values = self.kv[layer.index]                                                 # (B, Hkv, T, D)
+        keys[self.seq, :, self.pos] = k
+        values[self.seq, :, self.pos] = v
         if self.prompts is not None:
             return self.prompts.attend(q, k, v, layer)
-        t, pos = torch.arange(keys.shape[2], device=q.device), self.pos[:, None]
-        mask = (t <= pos) & (t > pos - window) if window else t <= pos                      # (B, T)
+        t = torch.arange(keys.shape[2], device=q.device)
+        pos = self.pos[:, None]
+        mask = t <= pos                                                                     # (B, T)
+        if layer.window:
+            mask &= t > pos - layer.window
         # Query heads that share a key head become that head's queries: keys and values need no copies.
         q = q.unflatten(1, (keys.shape[1], -1))                                         # (B, Hkv, H/Hkv, D)
-        mask = mask[:, None, None]
-        return F.scaled_dot_product_attention(q, keys, values, mask, scale=layer.scale).flatten(1, 2)
+        y = F.scaled_dot_product_attention(q, keys, values, mask[:, None, None], scale=layer.scale)
+        return y.flatten(1, 2)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # the model
 
 class RMSNorm(nn.Module):
-    """In fp32. Gemma's factor is (1 + w) and it multiplies before it rounds, Qwen after."""
+    """In fp32. Gemma multiplies by (1 + w) and then rounds; Qwen rounds and then multiplies by w."""
 
     def __init__(self, dim, eps, gemma):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(dim) if gemma else torch.ones(dim))
-        self.eps, self.gemma = eps, gemma
+        self.eps = eps
+        self.gemma = gemma
 
     def forward(self, x):
         y = x.float()
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (y * (1 + self.weight.float())).to(x.dtype) if self.gemma else self.weight * y.to(x.dtype)
+        if self.gemma:
+            return (y * (1 + self.weight.float())).to(x.dtype)
+        return self.weight * y.to(x.dtype)
 
 
 def rotate(x, cos, sin):
@@ -226,7 +241,8 @@ class Attention(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
         bias = c.raw.get("attention_bias", not c.gemma)         # Qwen2 has biases on q, k and v, none on o
-        q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        q = c.num_attention_heads * c.head_dim
+        kv = c.num_key_value_heads * c.head_dim
         self.q_proj = nn.Linear(c.hidden_size, q, bias=bias)
         self.k_proj = nn.Linear(c.hidden_size, kv, bias=bias)
         self.v_proj = nn.Linear(c.hidden_size, kv, bias=bias)
@@ -234,14 +250,22 @@ class Attention(nn.Module):
         if c.gemma:
             self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, True)
             self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, True)
-        self.index, self.head_dim, self.scale, self.gemma = layer, c.head_dim, c.softmax_scale, c.gemma
+        self.index = layer
+        self.head_dim = c.head_dim
+        self.scale = c.softmax_scale
+        self.gemma = c.gemma
         self.window = c.sliding_window if c.layer_types[layer] == "sliding_attention" else 0    # 0: none
 
     def forward(self, x, rope, layout):
-        q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.q_proj, self.k_proj, self.v_proj))
+        heads = (-1, self.head_dim)
+        q = self.q_proj(x).unflatten(-1, heads)                 # (N, H, D)
+        k = self.k_proj(x).unflatten(-1, heads)                 # (N, Hkv, D)
+        v = self.v_proj(x).unflatten(-1, heads)
         if self.gemma:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return self.o_proj(layout.attend(rotate(q, *rope), rotate(k, *rope), v, self).flatten(1))
+            q = self.q_norm(q)
+            k = self.k_norm(k)
+        y = layout.attend(rotate(q, *rope), rotate(k, *rope), v, self)
+        return self.o_proj(y.flatten(1))
 
 
 class MLP(nn.Module):
@@ -261,9 +285,13 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
-        self.self_attn, self.mlp, self.gemma = Attention(c, layer), MLP(c), c.gemma
+        self.self_attn = Attention(c, layer)
+        self.mlp = MLP(c)
+        self.gemma = c.gemma
         names = ["input_layernorm", "post_attention_layernorm"]
-        for name in names + ["pre_feedforward_layernorm", "post_feedforward_layernorm"] * c.gemma:
+        if c.gemma:
+            names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+        for name in names:
             setattr(self, name, RMSNorm(c.hidden_size, c.rms_norm_eps, c.gemma))
 
     def forward(self, x, rope, layout):
@@ -287,6 +315,7 @@ class Transformer(nn.Module):
         super().__init__()
         c = self.config = config
         self.source = None              # the directory it came from: its tokenizer travels with exports
+        self.checkpointing = False      # recompute each block in the backward pass: slower, far less memory
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(c.vocab_size, c.hidden_size),
             "layers": nn.ModuleList(Block(c, i) for i in range(c.num_hidden_layers)),
@@ -296,29 +325,29 @@ class Transformer(nn.Module):
         for p in self.parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=c.raw.get("initializer_range", 0.02))
-        self.checkpointing = False      # recompute each block in the backward pass: slower, far less memory
-        self.train_block, self.train_loss = Block.__call__, cross_entropy   # train.py puts compiled ones here
+
+    def rope(self, pos, dtype):
+        """pos (N,) -> {layer type: (cos, sin)}, each (N, 1, D/2). Angles are fp32."""
+        c = self.config
+        exponent = torch.arange(0, c.head_dim, 2, device=pos.device, dtype=torch.float32) / c.head_dim
+        tables = {}
+        for kind, (theta, factor) in c.rope.items():
+            angle = pos[:, None, None] * (theta ** -exponent / factor)
+            tables[kind] = angle.cos().to(dtype), angle.sin().to(dtype)
+        return tables
 
     def hidden(self, ids, layout, where=None):
         """ids (N,) -> the final normed hidden states (N, C), or only those at the positions where (M,)."""
-        c, x = self.config, self.model["embed_tokens"](ids)
+        c = self.config
+        x = self.model["embed_tokens"](ids)
         if c.gemma:     # the scale is rounded to the weights' dtype, 33.94 -> 34 (transformers#29402)
             x = x * torch.tensor(c.hidden_size ** 0.5, dtype=x.dtype)
-        rope = {}
-        for kind, (theta, factor) in c.rope.items():
-            half = torch.arange(0, c.head_dim, 2, device=ids.device, dtype=torch.float32) / c.head_dim
-            angle = layout.pos[:, None, None] * (theta ** -half / factor)               # (N, 1, D/2), fp32
-            rope[kind] = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        run = self.train_block if self.training else Block.__call__
-        if run is not Block.__call__ and torch.is_grad_enabled() and not x.requires_grad:
-            x.requires_grad_()          # else a first block on a frozen base would be compiled by itself
+        rope = self.rope(layout.pos, x.dtype)
         for block, kind in zip(self.model["layers"], c.layer_types):
             if self.checkpointing and torch.is_grad_enabled():
-                capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
-                x = checkpoint(run, block, x, rope[kind], layout, use_reentrant=False,
-                               preserve_rng_state=not capturing)    # (a CUDA graph can't wind it back)
+                x = checkpoint(block, x, rope[kind], layout, use_reentrant=False)
             else:
-                x = run(block, x, rope[kind], layout)
+                x = block(x, rope[kind], layout)
         return self.model["norm"](x if where is None else x[where])
 
     @property
@@ -335,26 +364,27 @@ class Transformer(nn.Module):
         return self.logits(self.hidden(ids.flatten(), layout)).unflatten(0, ids.shape)
 
     def loss(self, ids, layout, where, labels):
-        """Sum (not mean) of the cross-entropy in fp32: the token at where[i] of the row predicts labels[i].
-        Divided by the targets of the whole optimizer batch, any cut into micro-batches gives one gradient.
-        Only target positions meet the vocabulary, LOGIT_ROWS at a time."""
-        run = self.train_loss if self.training else cross_entropy
-        pieces = list(zip(self.hidden(ids, layout, where).split(LOGIT_ROWS), labels.split(LOGIT_ROWS)))
-        if len(pieces) == 1:
-            return run(self.head, *pieces[0])
-        return sum(checkpoint(run, self.head, x, y, use_reentrant=False, preserve_rng_state=False)
-                   for x, y in pieces)
+        """The sum of the cross-entropy in fp32, 0-d: the token at where[i] of the row predicts labels[i].
+        Divide it by the number of targets of the whole optimizer batch. Then the gradient does not depend
+        on how the batch is split. Only targets meet the vocabulary, LOGIT_ROWS at a time."""
+        x = self.hidden(ids, layout, where)
+        if len(x) <= LOGIT_ROWS:
+            return cross_entropy(self.head, x, labels)
+        return sum(checkpoint(cross_entropy, self.head, *piece, use_reentrant=False, preserve_rng_state=False)
+                   for piece in zip(x.split(LOGIT_ROWS), labels.split(LOGIT_ROWS)))
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, eos_ids=(), temperature=0.0, generator=None):
         """Continue prompts (lists of token ids) until an EOS or max_new_tokens; greedy at temperature 0.
-        -> the new tokens of each prompt, with the EOS. On a GPU the greedy step is captured in a CUDA graph:
-        launched one by one, its kernels take longer to launch than to run."""
+        -> the new tokens of each prompt, with the EOS. On a GPU the greedy step becomes a CUDA graph,
+        because its kernels take longer to launch one by one than to run."""
         if not prompts or not all(prompts):
             raise ValueError("generate needs prompts of at least one token each")
-        weight, lengths = self.model["embed_tokens"].weight, [len(p) for p in prompts]
-        cache = KVCache(self.config, lengths, max(lengths) + max_new_tokens, weight.dtype, weight.device)
-        eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=weight.device)
+        weight = self.model["embed_tokens"].weight
+        device = weight.device
+        lengths = [len(p) for p in prompts]
+        cache = KVCache(self.config, lengths, max(lengths) + max_new_tokens, weight.dtype, device)
+        eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
 
         def choose(x):                                                      # (B, C) -> (B,)
             logits = self.logits(x).float()
@@ -368,21 +398,23 @@ class Transformer(nn.Module):
             done.logical_or_((token[:, None] == eos).any(1))
 
         last = cache.prompts.cu_seqlens[1:].long() - 1
-        token = choose(self.hidden(torch.tensor(sum(prompts, []), device=weight.device), cache, last))
+        token = choose(self.hidden(torch.tensor(sum(prompts, []), device=device), cache, last))
         done = (token[:, None] == eos).any(1)
         cache.begin_decoding()
-        out, advance, graphed = [token.clone()], step, weight.is_cuda and temperature == 0
-        while len(out) < max_new_tokens:
-            if len(out) % (16 if weight.is_cuda else 1) == 0 and done.all():    # a sync
+        new = [token.clone()]
+        advance = step
+        look_every = 16 if weight.is_cuda else 1        # to look at `done` is a sync
+        while len(new) < max_new_tokens:
+            if len(new) % look_every == 0 and done.all():
                 break
-            if graphed and len(out) == 2:       # the first step, not captured, has set the libraries up
-                graph = torch.cuda.CUDAGraph()
+            if len(new) == 2 and weight.is_cuda and temperature == 0:
+                graph = torch.cuda.CUDAGraph()          # the first step has set the libraries up
                 with torch.cuda.graph(graph):
                     step()
                 advance = graph.replay
             advance()
-            out.append(token.clone())
-        rows = torch.stack(out, dim=1).tolist()
+            new.append(token.clone())
+        rows = torch.stack(new, dim=1).tolist()
         ends = [next((i + 1 for i, t in enumerate(row) if t in eos_ids), len(row)) for row in rows]
         return [row[:n] for row, n in zip(rows, ends)]
 
@@ -407,19 +439,18 @@ class Transformer(nn.Module):
         directory.mkdir(parents=True, exist_ok=True)
         dtype = dtype or self.model["embed_tokens"].weight.dtype
         state = self.state_dict()
-        for name, layer in self.named_modules():
-            if isinstance(layer, MoLFLinear):
-                for expert in [n for n, _ in layer.named_parameters() if n not in ("weight", "bias")]:
-                    del state[f"{name}.{expert}"]
-                state[f"{name}.weight"] = layer.merged().to("cpu", dtype)
+        for name, layer in molf_layers(self):
+            for expert in [n for n, _ in layer.named_parameters() if n not in ("weight", "bias")]:
+                del state[f"{name}.{expert}"]
+            state[f"{name}.weight"] = layer.merged().to("cpu", dtype)
         state = {name: p.to("cpu", dtype).contiguous() for name, p in state.items()}
         raw = {k: v for k, v in self.config.raw.items() if k != "dtype"}
-        raw |= {"architectures": ["Gemma3ForCausalLM" if self.config.gemma else "Qwen2ForCausalLM"],
-                "torch_dtype": str(dtype).removeprefix("torch.")}
+        raw["architectures"] = ["Gemma3ForCausalLM" if self.config.gemma else "Qwen2ForCausalLM"]
+        raw["torch_dtype"] = str(dtype).removeprefix("torch.")
         if self.source and self.source.resolve() != directory.resolve():
             for f in self.source.iterdir():
-                if f.suffix in (".json", ".txt", ".model", ".jinja") and f.name != "config.json" \
-                        and not f.name.endswith(".index.json"):
+                of_weights = f.name == "config.json" or f.name.endswith(".index.json")
+                if f.suffix in (".json", ".txt", ".model", ".jinja") and not of_weights:
                     shutil.copyfile(f, directory / f.name)
         save_safely(directory / "model.safetensors", lambda path: save_file(state, path, {"format": "pt"}))
         save_safely(directory / "config.json", json.dumps(raw, indent=2) + "\n")
@@ -430,17 +461,19 @@ class Transformer(nn.Module):
         """On a frozen base: the LoRA experts as the one LoRA that they are together, in fp32, for `peft`. Its
         scales are inside B, so lora_alpha = r; rsLoRA's flag is off, for not all readers know it (vllm#6909).
         base: where the base model is, a directory or a hub id."""
-        directory, state = Path(directory), {}
+        directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        for name, layer in self.named_modules():
-            if isinstance(layer, MoLFLinear):
-                for key, matrix in zip("AB", layer.stacked()):
-                    # without the prefix peft loads nothing and says nothing
-                    state[f"base_model.model.{name}.lora_{key}.weight"] = matrix.float().cpu().contiguous()
-                rank = sum(layer.ranks)
+        layers = molf_layers(self)
+        state = {}
+        for name, layer in layers:
+            for key, matrix in zip("AB", layer.stacked()):
+                # without the prefix peft loads nothing and says nothing
+                state[f"base_model.model.{name}.lora_{key}.weight"] = matrix.float().cpu().contiguous()
+        rank = sum(layers[0][1].ranks)
+        targets = list(dict.fromkeys(name.rpartition(".")[2] for name, _ in layers))
         config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base), r=rank,
                       lora_alpha=rank, use_rslora=False, lora_dropout=0.0, bias="none", inference_mode=True,
-                      target_modules=list(TARGETS), fan_in_fan_out=False)
+                      target_modules=targets, fan_in_fan_out=False)
         weights = directory / "adapter_model.safetensors"
         save_safely(weights, lambda path: save_file(state, path, {"format": "pt"}))
         save_safely(directory / "adapter_config.json", json.dumps(config, indent=2) + "\n")
@@ -450,44 +483,59 @@ class Transformer(nn.Module):
 # MoLF: the experts of a linear layer
 
 class MoLFLinear(nn.Linear):
-    """A linear whose weight is a sum of experts, W + sum_i s_i B_i A_i.
+    """A linear whose weight is a sum of experts, W + sum_i s_i B_i A_i. It has one of two forms:
 
-    Folded (a full and LoRA experts train, no dropout): `weight` is W_eff in the model's dtype, `full` is W in
-    fp32; `unfold` and `fold` carry gradients out and new weights in. Else `weight` is W, and autograd gives
-    the gradients of all that trains, so that a frozen base needs no full-size gradient. A and B have the
-    model's dtype; of what is bf16 and trains, the optimizer keeps fp32 masters."""
+                    trains                          `weight`    W               forward pass
+        folded      W and LoRA, without dropout     W_eff       `full`, fp32    x weight^T
+        two paths   all else                        W           `weight`        x W^T + sum s dropout(x) A^T B^T
+
+    Folded, unfold and fold carry gradients out and new weights in. With two paths, autograd gives all
+    gradients, and a frozen W has no full-size gradient. The bias belongs to the full expert. A and B have
+    the model's dtype; the optimizer keeps fp32 masters of what is bf16 and trains."""
 
     def __init__(self, linear, ranks, alpha, full, dropout):
         nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
-        self.folded, self.ranks, self.dropout = bool(full and ranks and not dropout), tuple(ranks), dropout
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.folded = bool(full and ranks and not dropout)
+        self.ranks = tuple(ranks)
+        self.dropout = dropout
         self.scales = [alpha / math.sqrt(r) for r in ranks]
-        A = [torch.empty(r, self.in_features, device=self.weight.device) for r in ranks]
-        for a in A:
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5))         # U(-1/sqrt(in), 1/sqrt(in))
-        self.A = nn.ParameterList(a.to(self.weight.dtype) for a in A)                           # (r, in)
-        self.B = nn.ParameterList(self.weight.new_zeros(self.out_features, r) for r in ranks)   # (out, r)
+        self.A = nn.ParameterList()
+        self.B = nn.ParameterList()
+        for r in ranks:
+            a = torch.empty(r, self.in_features, device=self.weight.device)
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))                 # U(-1/sqrt(in), 1/sqrt(in)), in fp32
+            self.A.append(a.to(self.weight.dtype))                      # (r, in)
+            self.B.append(self.weight.new_zeros(self.out_features, r))  # (out, r)
         self.weight.requires_grad_(full)
+        if full and self.bias is not None:
+            self.bias.requires_grad_(True)
         if self.folded:
             self.full = nn.Parameter(self.weight.detach().to(torch.float32, copy=True))         # (out, in)
             self.full.grad_dtype = None         # takes G as it is, bf16 on a GPU: no fp32 copy of it
 
     def experts(self):
         """[(kind, scale, parameters)], the full expert first: what the optimizer routes between."""
-        full = [self.full] if self.folded else [self.weight] if self.weight.requires_grad else []
-        return [("full", 1.0, [w]) for w in full] + \
-               [("lora", s, [a, b]) for s, a, b in zip(self.scales, self.A, self.B)]
+        experts = []
+        if self.weight.requires_grad:
+            w = [self.full if self.folded else self.weight]
+            if self.bias is not None and self.bias.requires_grad:
+                w.append(self.bias)
+            experts.append(("full", 1.0, w))
+        for s, a, b in zip(self.scales, self.A, self.B):
+            experts.append(("lora", s, [a, b]))
+        return experts
 
     def stacked(self):
         """All LoRA experts as one of rank R = sum r_i: A (R, in), and B (out, R) with the scales inside."""
-        return torch.cat(list(self.A)), torch.cat([s * b for s, b in zip(self.scales, self.B)], dim=1)
-
-    def matrices(self):
-        return [a.detach() for a in self.A], [b.detach() for b in self.B]
+        scaled = [s * b for s, b in zip(self.scales, self.B)]
+        return torch.cat(list(self.A)), torch.cat(scaled, dim=1)
 
     def merged(self):
-        """W_eff. On a frozen base, or with dropout, summed in fp32; else what training ran with."""
+        """W_eff: of a folded layer the weight that training used, of two paths the sum in fp32."""
         if self.folded or not self.ranks:
             return self.weight
         a, b = self.stacked()
@@ -503,19 +551,24 @@ class MoLFLinear(nn.Linear):
         return y + F.linear(F.linear(x, a), b)
 
 
+def molf_layers(model):
+    """-> [(name, MoLFLinear)]"""
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, MoLFLinear)]
+
+
 def add_experts(model, ranks=(128,), alpha=32, full=True, dropout=0.0, targets=TARGETS, train_rest=None):
     """Put experts into every nn.Linear of `model`, any nn.Module, whose last name is one of `targets`.
 
         fft:  add_experts(m, ranks=())              lora:   add_experts(m, full=False)
         molf: add_experts(m)                        molf-e: add_experts(m, ranks=(32, 128), full=False)
 
-    train_rest: whether all else trains, embedding, norms, biases, head; None means as in the paper, where
-    `full`. Move the model to its device and dtype first. -> the list of MoLFLinears."""
+    train_rest: whether all else trains (embedding, norms, head, biases without a full expert). None, as in
+    the paper: the same as `full`. Move the model to its device and dtype first. -> the MoLFLinears"""
     if not ranks and not full:
         raise ValueError("no expert to train: give ranks, or full=True")
     if any(r < 1 for r in ranks):
         raise ValueError(f"ranks must be at least 1, got {list(ranks)}")
-    if any(isinstance(m, MoLFLinear) for m in model.modules()):
+    if molf_layers(model):
         raise ValueError("the model has experts already")
     model.requires_grad_(full if train_rest is None else train_rest)
     layers = []
@@ -529,71 +582,56 @@ def add_experts(model, ranks=(128,), alpha=32, full=True, dropout=0.0, targets=T
     return layers
 
 
-def folded_layers(model):
-    return [m for m in model.modules() if isinstance(m, MoLFLinear) and m.folded]
+# lib/fast.py compiles lora_gradients and fold_layer, and runs the two loops on several CUDA streams.
+
+spread = iter
 
 
-def unfold_layer(G, scales, A, B):
-    """G (out, in) -> [dL/dA_i (r, in)], [dL/dB_i (out, r)], in G's dtype, with fp32 sums inside."""
-    def times(s, x, y):     # s x y in one kernel; with beta = 0 the first argument does not count
-        return torch.addmm(x[0, 0], x, y, beta=0, alpha=s)
-    return ([times(s, b.T, G) for s, b in zip(scales, B)],                      # dL/dA = s B' G
-            [times(s, G, a.T) for s, a in zip(scales, A)])                      # dL/dB = s G A'
+def scaled_mm(s, x, y):
+    """s x y. addmm's alpha scales the fp32 sum before it is rounded, and saves a pass. beta = 0 drops the
+    first argument."""
+    return torch.addmm(x[0, 0], x, y, beta=0, alpha=s)
+
+
+def lora_gradients(G, s, A, B):
+    """G (out, in), A (r, in), B (out, r) -> dL/dA = s B^T G (r, in), dL/dB = s G A^T (out, r), in G's dtype"""
+    return scaled_mm(s, B.T, G), scaled_mm(s, G, A.T)
 
 
 def fold_layer(weight, full, scales, A, B):
-    """weight <- W + sum s B A, in place. The sum is made in fp32, of a B A in the weight's dtype: beside W it
-    is small, and so is its rounding beside the sum's."""
-    new = full
+    """weight <- W + sum s B A, in place. B A is computed in the weight's dtype, then added to W in fp32. Its
+    rounding is smaller than that of the sum."""
+    total = full
     for s, a, b in zip(scales, A, B):
-        new = new + s * (b @ a).to(full.dtype)
-    weight.copy_(new)
+        total = total + s * (b @ a).to(full.dtype)
+    weight.copy_(total)
 
 
 @torch.no_grad()
-def unfold(model, run=unfold_layer, each=map):
-    """One G -> the exact gradient of every expert. Call it between backward and the optimizer's step."""
-    def one(layer):
-        G, layer.weight.grad = layer.weight.grad, None                      # (out, in)
-        if G is not None:                                                   # else it took no part in the loss
-            layer.full.grad = G                                             # dL/dW = G
-            for params, grads in zip((layer.A, layer.B), run(G, layer.scales, *layer.matrices())):
-                for p, grad in zip(params, grads):
-                    p.grad = grad
-    list(each(one, folded_layers(model)))
+def unfold(model):
+    """One G -> the exact gradient of every expert. Call it once, after the last backward pass and before
+    the optimizer's step: it overwrites the experts' gradients."""
+    for layer in spread([m for _, m in molf_layers(model) if m.folded]):
+        G = layer.weight.grad                                           # (out, in)
+        layer.weight.grad = None
+        if G is None:                                                   # the layer took no part in the loss
+            continue
+        layer.full.grad = G                                             # dL/dW = G
+        for s, a, b in zip(layer.scales, layer.A, layer.B):
+            a.grad, b.grad = lora_gradients(G, s, a.detach(), b.detach())
 
 
 @torch.no_grad()
-def fold(model, run=fold_layer, each=map):
+def fold(model):
     """weight <- W + sum s B A. Call it after the optimizer's step."""
-    def one(layer):
-        run(layer.weight.detach(), layer.full.detach(), layer.scales, *layer.matrices())
-    list(each(one, folded_layers(model)))
+    for layer in spread([m for _, m in molf_layers(model) if m.folded]):
+        A = [a.detach() for a in layer.A]
+        B = [b.detach() for b in layer.B]
+        fold_layer(layer.weight.detach(), layer.full.detach(), layer.scales, A, B)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # checkpoints in Hugging Face format
-
-def find_checkpoint(path_or_repo):
-    """A local directory as it is (of a run its model/), "toy" as the embedded one, else a hub id, downloaded.
-    -> Path"""
-    name = str(path_or_repo)
-    path = Path(__file__).parent / "toy" if name == "toy" else Path(name)
-    if path.is_dir():
-        return path / "model" if (path / "model" / "config.json").is_file() else path
-    if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise FileNotFoundError(f"no directory {name}: give toy, a directory with config.json and "
-                                f"safetensors, or a hub id like Qwen/Qwen2.5-0.5B")
-    from huggingface_hub import snapshot_download
-    try:
-        files = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
-        return Path(snapshot_download(name, allow_patterns=files))
-    except Exception as e:      # the hub library has dozens of kinds; whichever it is, its words are in ours
-        url, why = f"https://huggingface.co/{name}", str(e).partition("\n")[0]
-        raise OSError(f"no directory {name}, and cannot download {url} ({type(e).__name__}: {why}). If the "
-                      f"model is gated, accept its licence there and set HF_TOKEN; without a network give a "
-                      f"local directory, or set HF_HUB_OFFLINE=1 if the model is in the cache") from e
-
 
 def read_config(directory):
     path = Path(directory) / "config.json"
@@ -606,15 +644,11 @@ def read_config(directory):
 
 
 def load_weights(model, directory, dtype, device):
-    """Fill a model on the meta device from model.safetensors or its sharded index; every tensor is accounted
-    for. Of a multimodal Gemma-3 the text part is taken, under either of its two prefixes."""
-    index, files = directory / "model.safetensors.index.json", [directory / "model.safetensors"]
-    if index.is_file() and not files[0].is_file():
-        files = sorted({directory / f for f in json.loads(index.read_text())["weight_map"].values()})
-    want, got, unexpected, wrong = dict(model.named_parameters()), {}, [], []
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing: only safetensors are read (no .bin, no pickle)")
+    """Fill a model on the meta device from safetensors; every tensor is accounted for. Of a multimodal
+    Gemma-3 the text part is taken, under either of its two prefixes."""
+    want = dict(model.named_parameters())
+    got, unexpected, wrong = {}, [], []
+    for file in weight_files(directory):
         try:
             with safe_open(file, "pt", device=str(device)) as f:
                 for key in f.keys():
@@ -623,49 +657,41 @@ def load_weights(model, directory, dtype, device):
                     name = key.replace("model.language_model.", "model.").removeprefix("language_model.")
                     if name == "lm_head.weight" and model.config.tie_word_embeddings:
                         continue        # a copy of the embedding
+                    shape = f.get_slice(key).get_shape()
                     if name not in want:
                         unexpected.append(name)
-                    elif (shape := f.get_slice(key).get_shape()) != list(want[name].shape):
+                    elif shape != list(want[name].shape):
                         wrong.append(f"{name} is {shape}, not {list(want[name].shape)}")
                     else:
                         got[name] = nn.Parameter(f.get_tensor(key).to(dtype))
         except SafetensorError as e:
             raise ValueError(f"{file} is not a whole safetensors file ({e}): get it again") from e
-    for what, names in (("wrong shapes", wrong), ("missing tensors", [n for n in want if n not in got]),
-                        ("unexpected tensors", unexpected)):
+    missing = [name for name in want if name not in got]
+    troubles = {"wrong shapes": wrong, "missing tensors": missing, "unexpected tensors": unexpected}
+    for what, names in troubles.items():
         if names:
             raise ValueError(f"{directory}: {len(names)} {what}: {', '.join(names[:5])}; do config.json and "
                              f"the weights belong together?")
     model.load_state_dict(got, assign=True)
 
 
-def save_safely(path, content):
-    """Write a text, or let content(path) write, then rename: a good file is never half replaced. OSError if
-    it cannot be written."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        content(temporary) if callable(content) else temporary.write_text(content, encoding="utf-8")
-        temporary.chmod(0o644)                  # safetensors leaves 0600
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())                # on the disk before its name is
-        os.replace(temporary, path)
-    except SafetensorError as e:
-        raise OSError(f"cannot write {path}: {e}") from e
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-if __name__ == "__main__":
+def main(argv):
     from data import Tokenizer, encode_prompt
     try:
-        path, prompt, temperature = sys.argv[1], sys.argv[2], float((sys.argv[3:] or [0])[0])
-    except (IndexError, ValueError):
+        path, prompt, *rest = argv
+        temperature = float(rest[0]) if rest else 0.0
+    except ValueError:
         print(__doc__.split("\n\n")[1], file=sys.stderr)
         sys.exit(2)
     try:
         model = Transformer.from_pretrained(path, device="cuda" if torch.cuda.is_available() else "cpu")
         tokenizer = Tokenizer.from_file(model.source)
-        (new,) = model.generate([encode_prompt(tokenizer, prompt)], 100, tokenizer.eos_ids, temperature)
+        ids = encode_prompt(tokenizer, prompt)
+        new = model.generate([ids], 100, tokenizer.eos_ids, temperature)[0]
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
     print(prompt + tokenizer.decode(new))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

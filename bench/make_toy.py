@@ -20,6 +20,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data  # noqa: E402
 import train  # noqa: E402
+from lib.evaluate import continue_all, evaluate  # noqa: E402
 from model import Config, Transformer, add_experts  # noqa: E402
 from molf import MoLFAdamW, param_groups  # noqa: E402
 from toy.world import TOY_FACTS, toy_corpus, toy_world  # noqa: E402
@@ -51,7 +52,7 @@ def true_fact_share(model, tokenizer, world):
     """Share of the true facts, over all phrasings, that greedy decoding continues rightly."""
     pairs = [(p.format(s), " " + t) for r in TOY_FACTS for s, t in world[r].items() for p in TOY_FACTS[r]]
     prompts = [data.encode_prompt(tokenizer, p) for p, _ in pairs]
-    new = train.continue_all(model, prompts, 8, tokenizer.eos_ids, 65536)
+    new = continue_all(model, prompts, 8, tokenizer.eos_ids, 65536)
     return sum(tokenizer.decode(ids) == t for ids, (_, t) in zip(new, pairs)) / len(pairs)
 
 
@@ -93,8 +94,8 @@ def main():
     print(f"true facts, all phrasings: {true_fact_share(saved, tokenizer, world):.1%}")
     for name, task in data.TASKS.items():
         questions = [data.ask(tokenizer, task, row) for row in data.load_rows(name, "test", "toy")[0]]
-        metrics, _ = train.evaluate(saved, tokenizer, task, questions, 65536)
-        print(name, {k: round(metrics[k]["value"], 3) for k in task.report})
+        result, _ = evaluate(saved, tokenizer, task, questions, 65536)
+        print(name, {k: round(result["metrics"][k]["value"], 3) for k in task.report})
     print(f"{time.time() - start:.0f} s, {sum(f.stat().st_size for f in args.out.iterdir()) / 1e6:.2f} MB")
 
 

@@ -7,7 +7,7 @@
 
 Weights are random, in checkpoints of the real shapes; sequences are as long as the tasks' real rows under the
 family's tokenizer (lengths.json: prompt and target tokens of 512 rows a task), 32 of them a step. Each method
-runs in a process of its own, through the same `train.Step` as in train.py, and prints for each task:
+runs in a process of its own, through the same step as in train.py, and prints for each task:
 
     ms/step   over all rounds of 16 batches, everything captured before
     optim.    what forward and backward alone do not take of it: packing, unfold, norm, optimizer, fold
@@ -33,7 +33,10 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import data     # noqa: E402
 import train    # noqa: E402
-from model import TARGETS, Config, Transformer      # noqa: E402
+from data import count_targets, count_tokens        # noqa: E402
+from lib.fast import FastStep, replaced             # noqa: E402
+from lib.report import peak_memory                  # noqa: E402
+from model import TARGETS, Config, Transformer, add_experts     # noqa: E402
 from molf import MoLFAdamW, param_groups            # noqa: E402
 
 QWEN = dict(model_type="qwen2", vocab_size=151936, num_key_value_heads=2, rms_norm_eps=1e-6,
@@ -119,13 +122,13 @@ def synchronize(device):
 def model_flops(config, batch, frozen, rank):
     """The products of a step that no implementation can leave out: weights at every token (on a frozen base
     without their gradients), the head at every target, attention."""
-    c, n = config, train.count_tokens(batch)
+    c, n = config, count_tokens(batch)
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     shapes = [(c.hidden_size, q), (c.hidden_size, kv), (c.hidden_size, kv), (q, c.hidden_size)]
     shapes += 3 * [(c.hidden_size, c.intermediate_size)]
     weights = c.num_hidden_layers * sum(i * o for i, o in shapes)
     lora = c.num_hidden_layers * sum((i + o) * rank for i, o in shapes) if frozen else 0
-    targets = train.count_targets(batch)
+    targets = count_targets(batch)
     pairs = sum(len(e.ids) ** 2 / 2 for e in batch)
     return ((4 if frozen else 6) * (weights * n + c.vocab_size * c.hidden_size * targets) + 6 * lora * n
             + 12 * c.num_hidden_layers * q * pairs)
@@ -140,24 +143,24 @@ def ours(method, folder, a, device):
          *["--checkpointing"] * a.checkpointing, *["--eager"] * a.eager])
     model = Transformer.from_pretrained(folder, getattr(torch, flags.dtype), device).train()
     model.checkpointing = flags.checkpointing
-    train.add_experts(model, flags.ranks, flags.alpha, method in ("fft", "molf"))
+    add_experts(model, flags.ranks, flags.alpha, method in ("fft", "molf"))
     optimizer = MoLFAdamW(param_groups(model, flags.lr, flags.lora_lr))
 
     def prepare(batches):
-        step = train.Step(model, optimizer, flags, batches, fast=device.type == "cuda" and not a.eager)
+        step = train.make_step(model, optimizer, batches, flags)
+        if not isinstance(step, FastStep):
+            return step, None
 
         def forward_backward(batch):
-            _, micros, _ = step.inputs(batch)
+            micros, _ = step.inputs(batch)
 
             def run():
                 for micro in micros:            # (they are the graph's inputs: alive as long as `run`)
                     model.loss(*micro).backward()
                 for p in model.parameters():
                     p.grad = None
-            if not step.fast:
-                return run
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=step.pool):
+            with replaced(step.parts), torch.cuda.graph(graph, pool=step.pool):
                 run()
             return lambda: (graph.replay(), run)
         return step, forward_backward
@@ -229,12 +232,12 @@ def measure(a):
         everything = timed(lambda: [step(b) for b in batches], device)
         seconds = timed(lambda: [step(b) for _ in range(a.rounds) for b in batches], device)
         seconds /= a.rounds * len(batches)
-        tokens = sum(map(train.count_tokens, batches)) / len(batches)
+        tokens = sum(map(count_tokens, batches)) / len(batches)
         flops = sum(model_flops(config, b, frozen, rank) for b in batches) / len(batches)
         result = dict(method=method, task=task, ms=1e3 * seconds, tokens=tokens, tok_per_s=tokens / seconds,
                       mfu=flops / peak / seconds, matmul_tflops=peak / 1e12, load_s=load_s,
                       compile_s=compile_s, capture_s=max(0.0, everything - seconds * len(batches)),
-                      peak_gb=train.peak_memory(device))
+                      peak_gb=peak_memory(device))
         if device.type == "cuda":
             result["reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
         if forward_backward:

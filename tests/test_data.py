@@ -1,462 +1,29 @@
-"""The tokenizer against the `tokenizers` library, rows, packing, and the tasks' metrics by hand.
-
-    MOLF_REAL=/folder/of/checkpoints pytest -m real      # also the real tokenizer files
-"""
+"""Rows, prompts, packing and batches, and the tasks' metrics by hand."""
+import argparse
 import gzip
 import hashlib
-import http.server
 import json
-import os
 import random
+import shutil
 import sqlite3
-import threading
-import unicodedata
 from collections import Counter
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+import torch
+from test_tokenizer import random_text, small       # noqa: F401
 
 import data
-from data import MAX_CHARS, Example, Scored, Tokenizer, encode, load_rows, pack, read_rows
+from data import (Example, Scored, Tokenizer, Verdict, batch_of, encode, exact_match, execute_pairs, load_rows,
+                  micro_batches, pack, read_data, read_rows, sql_metrics, to_device)
+from lib import sandbox
+from lib.evaluate import evaluate, record
+from model import Transformer
 from toy.world import TOY_FACTS, toy_facts, toy_med, toy_sql, toy_world
 
-QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-        r"|\s+(?!\S)|\s+")
-TEXT = """The cat sat on the mat, and the other cats were sitting there; they'll say it's 1984 or 2024, \
-won't they?
-    for i in range(100):\n\t\tprint(f"{i:>5}  {i ** 2}")\n\n\n    return   None   \
-# end\r\n<b>bold</b> > </b>  ======== ----
-Les élèves français étaient déjà là, où ça? Größe, Straße, naïve café. Это было давно, и неправда. \
-今天天气很好，我们去公园吧。
-ありがとうございます。 안녕하세요 세계 नमस्ते दुनिया שלום עולם مرحبا بالعالم 🙂🙂 \
-👩‍👩‍👧 🇫🇷 e\u0301a\u0300 the the that this then than
-foobar foo bar barfoo singing ringing string strings stringing interesting \
-internationalization national nations
-"""
-# `tokenizers` normalises with the tables of Unicode 9: marks that came later (they grow with Python's own
-# tables) are plain letters to it, and are neither reordered nor composed. No text that people write depends
-# on it.
-NFC = normalizers.NFC()
-NEWER = {c for c in map(chr, range(0x110000)) if 0 < unicodedata.combining(c) < 240
-         and NFC.normalize_str("\u0345" + c)[0] == "\u0345"}
-
-
-def old(text):
-    return "".join(c for c in text if c not in NEWER)
-
-
-def code_points(rng, n, low, high):
-    return "".join(chr(c) for c in (rng.randrange(low, high) for _ in range(n)) if not 0xD800 <= c < 0xE000)
-
-
-def make_texts(count, pieces, seed=0):
-    """Random strings of many kinds; `pieces` are tokens to paste together (added tokens, entries of the
-    vocabulary)."""
-    rng = random.Random(seed)
-    words = TEXT.split()
-    spaces = [" ", " ", "  ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "\u3000", "\u2003", "\u2581", "\x0b",
-              "\x85", "   "]
-    glue = ["'s", "'LL", "\u017f", "'\u017f", "> </", ">", "</", "1", "\u0663", "\u00bd", "\u2167", ".", "_",
-            "-", "\x00"]
-    marks = [chr(c) for c in range(0x300, 0x370)]
-    marks += ["\u0345", "\u05b0", "\u064b", "\u093c", "\u3099", "\u1161", "\u11a8"]
-    emoji = ["\U0001f469", "\u200d", "\U0001f3fd", "\ufe0f", "\U0001f1eb", "\U0001f1f7", "\U0001f600",
-             "\u2764"]
-    many = lambda items, most: "".join(rng.choices(items, k=rng.randint(1, most)))     # noqa: E731
-    kinds = [
-        lambda: " ".join(rng.choices(words, k=rng.randint(1, 12))),
-        lambda: "".join(rng.choice(words) + rng.choice(spaces) for _ in range(rng.randint(1, 8))),
-        lambda: TEXT[(a := rng.randrange(len(TEXT))):a + rng.randint(1, 80)],
-        lambda: many(words + spaces + glue, 12),
-        lambda: many(spaces, 12),
-        lambda: rng.choice([" ", "\n", "\t", "\u2581", "=", "-", "a", "0", "\u3000"]) * rng.randint(1, 150),
-        lambda: many([*"ab=-_#/ \n\tY:>01", "ab"], 3) * rng.randint(1, 30),
-        lambda: many(pieces, 8),
-        lambda: many(pieces + words + spaces + glue, 12),
-        lambda: many([c + m for c in "aeE\u05d0\u304b\u1100\u0928" for m in marks[::9]] + marks, 10),
-        lambda: many(emoji, 12),
-        lambda: rng.randbytes(rng.randint(1, 40)).decode("latin-1"),
-        lambda: rng.randbytes(rng.randint(1, 40)).decode("utf-8", "replace"),
-        lambda: code_points(rng, rng.randint(1, 30), 0, 0x250),
-        lambda: code_points(rng, rng.randint(1, 20), 0x4E00, 0xA000),
-        lambda: code_points(rng, rng.randint(1, 20), 0, 0x3400),
-        lambda: code_points(rng, rng.randint(1, 20), 0, 0x30000),
-        lambda: code_points(rng, rng.randint(1, 20), 0, 0x110000),
-    ]
-    return [old(rng.choice(kinds)()) for _ in range(count)]
-
-
-def without_special(spec):
-    """The `tokenizers` library for a file whose special tokens are not in the way: what data must
-    encode to."""
-    plain = [a for a in spec["added_tokens"] if not a["special"]]
-    return tokenizers.Tokenizer.from_str(json.dumps(spec | {"added_tokens": plain}))
-
-
-def mismatches(ours, theirs, texts):
-    want = theirs.encode_batch(texts, add_special_tokens=False)
-    return [t for t, w in zip(texts, want) if ours.encode(t) != w.ids]
-
-
-# ------------------------------------------------------------------------------------------- small files
-
-def byte_level(normalizer, steps, alphabet=True, size=600, special=("<|endoftext|>", "<|im_end|>")):
-    tok = tokenizers.Tokenizer(models.BPE())
-    if normalizer:
-        tok.normalizer = normalizer
-    tok.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
-    tok.decoder = decoders.ByteLevel()
-    tok.train_from_iterator(TEXT.splitlines(keepends=True), trainers.BpeTrainer(
-        vocab_size=size, special_tokens=list(special), show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if alphabet else []))
-    tok.add_tokens([tokenizers.AddedToken(t, normalized=False)
-                    for t in ("<tool_call>", "</tool_call>", "<tool")])
-    return json.loads(tok.to_str())
-
-
-def qwen_spec(regex=QWEN, **kw):
-    return byte_level(NFC, [pre_tokenizers.Split(tokenizers.Regex(regex), "isolated"),
-                            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)], **kw)
-
-
-def gpt2_spec(**kw):
-    return byte_level(None, [pre_tokenizers.ByteLevel(add_prefix_space=False)], **kw)
-
-
-def digits_spec(**kw):
-    return byte_level(None, [pre_tokenizers.Digits(individual_digits=True),
-                             pre_tokenizers.ByteLevel(add_prefix_space=False)], **kw)
-
-
-def gemma_spec():
-    """Learn pieces, then write them as SentencePiece's converter does: a merge for every way to cut a piece
-    in two."""
-    tok = tokenizers.Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
-    tok.train_from_iterator([TEXT.replace(" ", "\u2581")],
-                            trainers.BpeTrainer(vocab_size=500, show_progress=False))
-    learnt = sorted(tok.get_vocab(), key=tok.get_vocab().get)
-    chars = sorted({t for t in learnt if len(t) == 1} - set("\r#Q") | {"Y"})
-    runs = [c * n for c in "\n\u2581\t" for n in range(8, 1, -1)]
-    # the merges of the last piece never make it: "▁Y" comes first
-    pieces = list(dict.fromkeys(runs + [t for t in learnt if len(t) > 1 and "\r" not in t and "#" not in t]
-                                + [">\u2581", ">\u2581<", ">\u2581</", "\u2581Y", "YY", "YYYY",
-                                   "\u2581YYYY"]))
-    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>"]
-    plain = ["<mask>", "<unused0>", "<unused1>", "<b>", "</b>", *runs]
-    vocab = special + [t for t in plain if t not in runs] + [f"<0x{b:02X}>" for b in range(256)]
-    vocab += pieces + chars
-    vocab = {t: i for i, t in enumerate(dict.fromkeys(vocab))}
-    merges = [[p[:k], p[k:]] for p in pieces for k in range(1, len(p)) if p[:k] in vocab and p[k:] in vocab]
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added = [{"id": vocab[t], "content": t, **flags, "special": t in special} for t in special + plain]
-    added.append({"id": len(vocab), "content": "<image>", **flags, "special": True})   # beyond the vocabulary
-    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-            "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
-            "pre_tokenizer": {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious",
-                              "invert": False},
-            "post_processor": None, "decoder": None,
-            "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
-                      "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True,
-                      "ignore_merges": False, "vocab": vocab, "merges": merges}}
-
-
-SPECS = {"qwen": qwen_spec, "gpt2": gpt2_spec, "digits": digits_spec, "gemma": gemma_spec}
-
-
-def load(folder, spec, **configs):
-    for name, content in configs.items():
-        (folder / f"{name}.json").write_text(json.dumps(content))
-    path = folder / "tokenizer.json"
-    path.write_text(json.dumps(spec))
-    return Tokenizer.from_file(path)
-
-
-@pytest.fixture(params=SPECS)
-def small(request, tmp_path):
-    spec = SPECS[request.param]()
-    return request.param, spec, load(tmp_path, spec)
-
-
-def pieces_of(spec, theirs=None):
-    """Plain added tokens and the vocabulary as text, without what is special."""
-    special = {a["id"] for a in spec["added_tokens"] if a["special"]}
-    theirs = theirs or without_special(spec)
-    return [a["content"] for a in spec["added_tokens"] if not a["special"]] * 10 + [
-        theirs.decode([i]) for i in spec["model"]["vocab"].values() if i not in special]
-
-
-def test_same_ids_as_the_library(small):
-    kind, spec, ours = small
-    texts = make_texts(4000, pieces_of(spec), seed=1)
-    assert mismatches(ours, tokenizers.Tokenizer.from_str(json.dumps(spec)), texts) == []
-
-
-def test_round_trip(small):
-    kind, spec, ours = small
-    clean = {"qwen": lambda s: unicodedata.normalize("NFC", s), "gemma": lambda s: s.replace("\u2581", " ")}
-    for text in make_texts(2000, pieces_of(spec), seed=2):
-        assert ours.decode(ours.encode(text)) == clean.get(kind, str)(text)
-
-
-def test_control_tokens_in_text_are_text(small):
-    kind, spec, ours = small
-    special = {a["content"]: a["id"] for a in spec["added_tokens"] if a["special"]}
-    texts = [t + s + t for s in special for t in ("", " ", "a", "\n\n", "<b>", "<tool_call>")]
-    texts += make_texts(1000, pieces_of(spec) + [*special] * 200, seed=3)
-    assert mismatches(ours, without_special(spec), texts) == []
-    assert sum(s in t for t in texts for s in special) > 100
-    assert not {i for t in texts for i in ours.encode(t)} & set(special.values())
-    assert ours.decode([i for s in special for i in ours.encode(s)]) == "".join(special)
-    assert ours.decode([*special.values(), *ours.encode("a"), ours.eos_id]) == "a"
-
-
-def test_added_tokens_longest_first(tmp_path):
-    spec = gemma_spec()
-    ours = load(tmp_path, spec)
-    ids = {a["content"]: a["id"] for a in spec["added_tokens"]}
-    assert ours.encode("\n" * 11) == [ids["\n" * 8], ids["\n" * 3]]
-    assert ours.encode("<unused1>\n\n</b>") == [ids["<unused1>"], ids["\n\n"], ids["</b>"]]
-    spec = qwen_spec()
-    ids = {a["content"]: a["id"] for a in spec["added_tokens"]}
-    assert load(tmp_path, spec).encode("<tool_call><tool") == [ids["<tool_call>"], ids["<tool"]]
-
-
-def test_tokens_that_their_merges_never_make(tmp_path):
-    spec = gemma_spec()
-    ids = load(tmp_path, spec).encode(" YYYY")
-    assert spec["model"]["vocab"]["\u2581YYYY"] not in ids
-    assert ids == without_special(spec).encode(" YYYY", add_special_tokens=False).ids
-
-    # byte-level: add a token whose only merge is not the one that would have to make it
-    spec = gpt2_spec()
-    theirs, vocab = without_special(spec), spec["model"]["vocab"]
-    words = {w for word in TEXT.split() if word.isascii()
-             for w in (word[:n] for n in range(3, len(word) + 1))}
-    for word in sorted(words - vocab.keys()):
-        real = theirs.encode(word, add_special_tokens=False).tokens
-        other = [k for k in range(1, len(word))
-                 if word[:k] in vocab and word[k:] in vocab and word[:k] != real[0]]
-        if len(real) == 2 and other:
-            break
-    else:
-        pytest.fail("no such word in the text")
-    vocab[word] = len(vocab)
-    for token in spec["added_tokens"]:
-        token["id"] += not token["special"]     # those come after the vocabulary
-    spec["model"]["merges"].append([word[:other[0]], word[other[0]:]])
-    theirs, ours, refused = without_special(spec), load(tmp_path, spec), 0
-    assert theirs.encode(word, add_special_tokens=False).tokens == real
-    for text in [word, *make_texts(2000, [word, *pieces_of(spec)])]:
-        try:
-            assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
-        except ValueError as error:
-            assert word in str(error) and word in text
-            refused += 1
-    assert refused > 0
-
-
-def test_split_regex_with_gaps(tmp_path):
-    spec = qwen_spec(regex=r"\p{L}+|\p{N}{1,3}")
-    assert mismatches(load(tmp_path, spec), without_special(spec), make_texts(2000, pieces_of(spec))) == []
-
-
-def test_merges_as_strings(tmp_path):
-    spec = digits_spec()
-    lists = load(tmp_path, spec)
-    spec["model"]["merges"] = [" ".join(m) for m in spec["model"]["merges"]]
-    strings = load(tmp_path, spec)
-    assert all(lists.encode(t) == strings.encode(t) for t in make_texts(300, pieces_of(spec)))
-
-
-def test_missing_bytes_are_refused_when_they_occur(tmp_path):
-    spec = gpt2_spec(alphabet=False)
-    ours = load(tmp_path, spec)
-    assert ours.encode("the cat") == without_special(spec).encode("the cat", add_special_tokens=False).ids
-    with pytest.raises(ValueError, match=r"no token b'\\x04'"):
-        ours.encode("the \x04 cat")
-
-
-def test_bos_eos_and_size(tmp_path):
-    spec = gemma_spec()
-    ours = load(tmp_path, spec)
-    assert (ours.bos_id, ours.eos_id, ours.eos_ids) == (2, 1, [1])
-    assert ours.vocab_size == len(spec["model"]["vocab"])       # <image> needs no row: nothing encodes to it
-    spec = qwen_spec()
-    ours = load(tmp_path, spec)
-    assert (ours.bos_id, ours.eos_id) == (None, 0)
-    assert ours.vocab_size == 1 + max(a["id"] for a in spec["added_tokens"])
-
-
-def test_where_eos_comes_from(tmp_path):
-    spec = qwen_spec()
-    end, stop = 0, 1        # <|endoftext|>, <|im_end|>
-    assert load(tmp_path, spec).eos_ids == [end]
-    assert load(tmp_path, spec, tokenizer_config={"eos_token": "<|im_end|>"}).eos_ids == [stop]
-    assert load(tmp_path, spec, tokenizer_config={"eos_token": {"content": "<|im_end|>"}}).eos_ids == [stop]
-    assert load(tmp_path, spec, config={"eos_token_id": end}).eos_ids == [end]
-    assert load(tmp_path, spec, generation_config={"eos_token_id": [stop, end]}).eos_ids == [stop, end]
-    assert Tokenizer.from_file(tmp_path).eos_id == stop         # a folder, too
-    assert load(tmp_path, spec, generation_config={"eos_token_id": None}).eos_ids == [end]
-    with pytest.raises(ValueError, match="end-of-sequence token.*99999"):
-        load(tmp_path, spec, generation_config={"eos_token_id": 99999})
-
-
-def test_eos_that_no_file_names(tmp_path):
-    with pytest.raises(ValueError, match="no end-of-sequence token"):
-        load(tmp_path, gpt2_spec(special=["<end>"]))
-    # an end of sequence that is no special token cannot be written in text either
-    spec = gpt2_spec(special=["<end>"])
-    eos = next(a["id"] for a in spec["added_tokens"] if a["content"] == "<tool_call>")
-    ours = load(tmp_path, spec, config={"eos_token_id": eos})
-    assert eos not in ours.encode("<tool_call>") and ours.decode([eos]) == ""
-    # ... and one that plain text encodes to is refused
-    with pytest.raises(ValueError, match="plain text would become control tokens"):
-        load(tmp_path, spec, config={"eos_token_id": spec["model"]["vocab"]["an"]})
-
-
-def edit(spec, path, value):
-    *path, last = path
-    for key in path:
-        spec = spec[key]
-    spec[last] = value
-
-
-@pytest.mark.parametrize("kind, path, value, words", [
-    ("gpt2", ["pre_tokenizer"], {"type": "Metaspace", "replacement": "\u2581"},
-     "pre_tokenizer Metaspace is not supported"),
-    ("gpt2", ["pre_tokenizer"], None, "pre_tokenizer none is not supported"),
-    ("gpt2", ["pre_tokenizer", "add_prefix_space"], True, "add_prefix_space"),
-    ("gpt2", ["pre_tokenizer", "use_regex"], False, "ByteLevel is not supported"),
-    ("gpt2", ["normalizer"], {"type": "Lowercase"}, "normalizer Lowercase"),
-    ("gpt2", ["model", "type"], "Unigram", "model Unigram"),
-    ("gpt2", ["model", "ignore_merges"], True, "BPE with ignore_merges"),
-    ("gpt2", ["model", "dropout"], 0.1, "BPE with dropout"),
-    ("gpt2", ["model", "byte_fallback"], True, "BPE with byte_fallback"),
-    ("gpt2", ["model", "end_of_word_suffix"], "</w>", "BPE with end_of_word_suffix"),
-    ("digits", ["pre_tokenizer", "pretokenizers", 0, "individual_digits"], False,
-     r"Digits \+ ByteLevel is not supported"),
-    ("qwen", ["pre_tokenizer", "pretokenizers", 0, "behavior"], "Removed",
-     r"Split \+ ByteLevel is not supported"),
-    ("qwen", ["pre_tokenizer", "pretokenizers", 0, "invert"], True, r"Split \+ ByteLevel is not supported"),
-    ("qwen", ["pre_tokenizer", "pretokenizers", 0, "pattern"], {"Regex": r"\w+\b"},
-     r"Split \+ ByteLevel is not supported"),
-    ("qwen", ["pre_tokenizer", "pretokenizers", 1, "use_regex"], True,
-     r"Split \+ ByteLevel is not supported"),
-    ("qwen", ["normalizer"], {"type": "NFKC"}, "normalizer NFKC"),
-    ("qwen", ["added_tokens", -1, "lstrip"], True, "lstrip"),
-    ("gemma", ["normalizer"], {"type": "Sequence", "normalizers": []}, "normalizer Sequence"),
-    ("gemma", ["normalizer", "content"], "_", "normalizer Replace"),
-    ("gemma", ["model", "byte_fallback"], False, "normalizer Replace"),
-])
-def test_other_kinds_are_refused_by_name(tmp_path, kind, path, value, words):
-    spec = SPECS[kind]()
-    edit(spec, path, value)
-    with pytest.raises(ValueError, match=words) as error:
-        load(tmp_path, spec)
-    assert str(tmp_path / "tokenizer.json") in str(error.value)
-
-
-def test_merges_that_need_two_ranks_are_refused(tmp_path):
-    spec = gemma_spec()
-    merges = spec["model"]["merges"]
-    k = next(k for k in range(300, len(merges)) if "".join(merges[k]) == "".join(merges[k + 1]))
-    merges.append(merges.pop(k))
-    with pytest.raises(ValueError, match="several ranks"):
-        load(tmp_path, spec)
-
-
-def test_broken_files_are_named(tmp_path):
-    spec = qwen_spec()
-    load(tmp_path, spec)
-    path = tmp_path / "tokenizer.json"
-    for content, words in ((path.read_bytes()[:1000], "line 1 column"), (b"[]", "list indices"),
-                           (b"{}", "no 'model'"), (b"\xff\xfe{", "can't decode byte")):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=words) as error:
-            Tokenizer.from_file(tmp_path)
-        assert str(path) in str(error.value)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json"):
-        load(tmp_path, spec)
-    with pytest.raises(FileNotFoundError):
-        Tokenizer.from_file(tmp_path / "nowhere" / "tokenizer.json")
-    spec = gemma_spec()
-    del spec["model"]["vocab"]["<0x80>"]
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(ValueError, match="no '<0x80>'"):
-        load(tmp_path, spec)
-
-
-def test_long_and_ill_formed_text(small):
-    kind, spec, ours = small
-    for text in (" " * MAX_CHARS, "\n" * (MAX_CHARS - 1) + "x", " " * (MAX_CHARS - 1) + "1", "x" * MAX_CHARS):
-        assert ours.decode(ours.encode(text)) == text
-    with pytest.raises(ValueError, match="at most 500,000"):
-        ours.encode(" " * (MAX_CHARS + 1))
-    assert ours.encode("") == []
-    assert ours.encode("a\ud800b") == ours.encode("a\ufffdb")
-
-
-def test_decode_is_tolerant_of_bytes_and_strict_about_ids(small):
-    kind, spec, ours = small
-    half = ours.encode("\U0001fae0")[:2]        # an emoji that is in no vocabulary: bytes
-    assert len(ours.encode("\U0001fae0")) > 2
-    assert ours.decode(ours.encode("a") + half + ours.encode("b")) == "a\ufffdb"
-    for unknown in (10 ** 6, -1):               # rows that pad an embedding
-        assert ours.decode(ours.encode("a") + [unknown]) == "a\ufffd"
-
-
-# ------------------------------------------------------------------------------------------- real files
-
-def real_files():
-    files = sorted(Path(os.environ.get("MOLF_REAL", "/nowhere")).glob("*/tokenizer.json"))
-    return list({hashlib.sha256(f.read_bytes()).digest(): f for f in files}.values())
-
-
-@pytest.mark.real
-@pytest.mark.parametrize("path", real_files(), ids=lambda p: p.parent.name)
-def test_real_file(path):
-    spec = json.loads(path.read_text("utf-8"))
-    ours, theirs = Tokenizer.from_file(path), tokenizers.Tokenizer.from_file(str(path))
-    data = without_special(spec)
-    special = {a["content"]: a["id"] for a in spec["added_tokens"] if a["special"]}
-    pieces = pieces_of(spec, data)
-
-    # A vocabulary may lack bytes (SmolLM2's does): the library writes its unknown token, we refuse.
-    lacking = set()
-    if not spec["model"]["byte_fallback"]:
-        shown = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        known = lambda c: all(b in spec["model"]["vocab"]     # noqa: E731
-                              for b in shown.pre_tokenize_str(c)[0][0])
-        lacking = {c for c in map(chr, [*range(0x80), 0x40000, 0x80000]) if not known(c)}
-        for char in lacking:
-            with pytest.raises(ValueError, match="no token b"):
-                ours.encode(char)
-    texts = make_texts(27_000, pieces, seed=10)
-    if lacking:
-        texts = [t for t in texts if all(known(c) for c in t)]
-    assert len(texts) > 24_000
-    assert mismatches(ours, theirs, texts) == []
-
-    every = ["".join(map(chr, range(a, a + 16))) for a in range(0, 0x30000, 16) if not 0xD800 <= a < 0xE000]
-    every += [f"x{c * n}y {c * n}" for c in " \n\t\u2581=-Y:0" for n in range(1, 130)]
-    every = [t for t in map(old, every) if t and not (lacking and not all(known(c) for c in t))]
-    assert len(every) > 10_000
-    assert mismatches(ours, theirs, every) == []
-
-    texts = [t for t in make_texts(3_000, pieces + [*special] * (1 + len(pieces) // 20), seed=11)
-             if not lacking or all(known(c) for c in t)] + [f"a {s}\n\n{s}" for s in special]
-    assert sum(any(s in t for s in special) for t in texts) > 200
-    assert mismatches(ours, data, texts) == []
-    assert not {i for t in texts for i in ours.encode(t)} & set(special.values())
-    clean = {"Replace": lambda s: s.replace("\u2581", " "), "NFC": lambda s: unicodedata.normalize("NFC", s),
-             None: str}[spec["normalizer"] and spec["normalizer"]["type"]]
-    assert [t for t in texts if ours.decode(ours.encode(t)) != clean(t)] == []
+TOY = Path(__file__).parents[1] / "toy"
 
 
 # --------------------------------------------------------------------------------------- examples and packing
@@ -545,6 +112,16 @@ def test_bad_rows_are_named_by_file_line_and_field(tmp_path, rows, message):
     assert "bad.jsonl" in str(e.value)
 
 
+@pytest.mark.parametrize("name, place", [("bad.jsonl", "line 2"), ("bad.jsonl.gz", "line 2"),
+                                         ("bad.json", "row 2"), ("bad.parquet", "row 2")])
+def test_a_bad_row_is_a_line_where_the_file_has_lines(tmp_path, name, place):
+    with pytest.raises(ValueError, match=f"{name} {place}: field cop is 7, not the number of an option"):
+        load_rows("med", "train", write(tmp_path / name, [MED, MED | {"cop": 7}]))
+    (tmp_path / "gaps.jsonl").write_text("\n\n" + json.dumps(MED | {"cop": 7}))
+    with pytest.raises(ValueError, match="gaps.jsonl line 3: field cop is 7"):
+        load_rows("med", "train", tmp_path / "gaps.jsonl")
+
+
 def test_a_file_that_is_missing_or_not_json(tmp_path):
     with pytest.raises(FileNotFoundError, match="no file .*nowhere.json"):
         read_rows(tmp_path / "nowhere.json")
@@ -559,74 +136,7 @@ def test_a_file_that_is_missing_or_not_json(tmp_path):
             read_rows(tmp_path / name)
 
 
-def test_a_download_is_whole_or_not_there_and_happens_once(tmp_path):
-    asked = []
-
-    class Server(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            self.send_response(200)
-            self.send_header("Content-Length", "10")
-            self.end_headers()
-            pages = {"/good.json": b"[1, 2, 34]", "/page.json": b"<p>gone</p"}
-            self.wfile.write(pages.get(self.path, b"[1]"))
-            self.close_connection = True
-
-        def log_message(self, *args):
-            pass
-    server = http.server.HTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    for _ in range(2):
-        assert data.download(f"{url}/good.json", tmp_path).read_bytes() == b"[1, 2, 34]"
-    assert asked == ["/good.json"]
-    for name in ("cut", "page"):
-        with pytest.raises(OSError, match=f"cannot download .*{name}.json.*--data"):
-            data.download(f"{url}/{name}.json", tmp_path)
-    server.shutdown()
-    with pytest.raises(OSError, match="cannot download"):
-        data.download("http://127.0.0.1:9/never.json", tmp_path)
-    assert [f.name for f in tmp_path.iterdir()] == ["good.json"]
-
-
-def test_a_split_on_the_hub_is_found_by_what_the_repository_holds(tmp_path, monkeypatch):
-    asked = []
-
-    def snapshot_download(repo, repo_type, allow_patterns):
-        asked.append((repo, repo_type, allow_patterns))
-        return str(tmp_path)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    for i, name in enumerate(["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet",
-                              "data/validation-00000-of-00001.parquet", "data/pretraining.parquet"]):
-        (tmp_path / "data").mkdir(exist_ok=True)
-        write(tmp_path / name, [dict(MED, question=str(i), cop=c) for c in (0, 2)])
-    questions = lambda split: [r["question"] for r in load_rows("med", split)[0]]       # noqa: E731
-    assert questions("train") == ["0", "0", "1", "1"] and questions("test") == ["2", "2"]
-    assert asked[0] == ("openlifescienceai/medmcqa", "dataset", "*train*.parquet")
-    write(tmp_path / "synthetic_text_to_sql_test.snappy.parquet", [SQL, SQL])
-    assert load_rows("sql", "test") == ([SQL, SQL], 0)
-    (tmp_path / "data" / "validation-00000-of-00001.parquet").unlink()
-    with pytest.raises(OSError, match="no parquet file of a split 'validation'"):
-        load_rows("med", "test")
-
-
-def test_a_hub_that_cannot_be_reached_is_one_clear_line(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(OSError, match="cannot download https://.*/datasets/gretelai/.*--eval-data"):
-        load_rows("sql", "train")
-
-
 # ---------------------------------------------------------------------------------------------------- fuzzing
-
-PIECES = ["", " ", "a", "{}", "\x00", "\ud800", "\udfff", "é", "e\u0301", "\u202e", "🙂", "ÿ", "<|endoftext|>",
-          "<eos>", "\r\n", "'", ";", "--", "/*", "```", "\ufeff", "\u2028", "A" * 300, " " * 50, "١٢",
-          "\U000e0041"]
-
-
-def random_text(rng):
-    return "".join(rng.choice(PIECES) if rng.random() < 0.5 else chr(rng.choice([rng.randrange(128),
-                   rng.randrange(0x3000), rng.randrange(0x110000)])) for _ in range(rng.randrange(12)))
-
 
 def random_json(rng, depth=0):
     kind = rng.randrange(9 if depth < 3 else 7)
@@ -678,17 +188,6 @@ def test_100_000_malformed_rows_are_kept_skipped_and_counted_or_refused_by_name(
     assert sum(ends.values()) == 100_002
     assert min(ends[name, end] for name in data.TASKS for end in ("kept", "refused")) > 5000
     assert ends["med", "skipped"] > 50 and ends["sql", "skipped"] > 50 and ends["fact", "skipped"] == 0
-
-
-def test_100_000_odd_strings_are_encoded_and_come_back():
-    rng, tokenizer = random.Random(1), Tokenizer.from_file("toy")
-    for _ in range(100_000):
-        text = random_text(rng)
-        clean = unicodedata.normalize("NFC", text)          # then surrogates pair up, or become U+FFFD
-        clean = clean.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        ids = tokenizer.encode(text)
-        assert tokenizer.decode(ids) == clean
-        assert tokenizer.eos_id not in ids
 
 
 def test_files_of_broken_bytes_are_read_or_refused_by_name(tmp_path):
@@ -744,7 +243,7 @@ def test_answers_that_make_no_sense(tmp_path, cops, message):
 
 def test_a_parquet_without_the_columns_names_both(tmp_path):
     path = write(tmp_path / "x.parquet", [{"question": "?", "answer": "A"}])
-    with pytest.raises(ValueError, match="x.parquet line 1: field opa is missing; needed are question, opa, "
+    with pytest.raises(ValueError, match="x.parquet row 1: field opa is missing; needed are question, opa, "
                                          "opb, opc, opd, cop; found: question, answer"):
         load_rows("med", "test", path)
     with pytest.raises(ValueError, match="sql_prompt is missing; needed are sql_prompt, sql_context, sql;"):
@@ -757,8 +256,8 @@ def test_med_metrics_by_hand():
     for text, choices, accuracy, among, lost in (
             (" C", (-2, -3, -1, -4), 1, 1, False), (" B", (-2, -1, -3, -4), 0, 0, False),
             (" The", (-5, -5, -4, -9), 0, 1, True), ("C", (-1, -2, -3, -4), 0, 0, True)):
-        assert data.med_metrics(MED, scored(*choices), text) == {
-            "accuracy": accuracy, "accuracy among A-D": among, "# no letter": lost}
+        assert data.med_metrics(MED, scored(*choices), text) == Verdict(
+            {"accuracy": accuracy, "accuracy among A-D": among}, {}, {"no letter": lost}, None)
 
 
 # --------------------------------------------------------------------------------------------------- sql task
@@ -793,6 +292,68 @@ def test_evaluation_asks_with_the_tokens_that_training_saw(small, task, row):
         assert question.examples[0] == trained
 
 
+def test_exact_match():
+    assert exact_match("SELECT  Count(*) FROM T ;", "select count( * )\nfrom t -- all")
+    assert not exact_match("SELECT 'A'", "SELECT 'a'") and not exact_match("SELECT a", "SELECT a, b")
+
+
+CONTEXT = """CREATE TABLE t (id INT, name TEXT, x REAL);
+INSERT INTO t VALUES (1, 'a', 0.1), (2, 'b; c', 0.2), (3, 'it''s', NULL), (3, 'it''s', NULL);
+CREATE TABLE none (a INT);"""
+
+
+def test_sql_metrics_by_hand():
+    made = [  # reference, prediction, complexity
+        ("SELECT 1", "select  1;", "basic SQL"),                                        # right, and exact
+        ("SELECT 1", "SELECT 2", "basic SQL"),                                          # wrong
+        ("SELECT 1", "SELECT", "aggregation"),                                          # invalid
+        ("SELECT id FROM t WHERE 0", "SELECT id FROM t WHERE 1 = 2", "aggregation"),    # empty and empty
+        ("SELECT id FROM t WHERE 0", "SELECT id FROM t", "aggregation"),                # an empty reference
+        ("SELECT NOW()", "SELECT NOW()", "window functions")]                           # a failing one
+    rows = [{"sql": sql, "sql_context": CONTEXT, "sql_complexity": kind} for sql, _, kind in made]
+    rows[1]["sql_database"] = rows[2]["sql_database"] = "CREATE TABLE t (id INT)"
+    verdicts = list(sql_metrics(rows, None, [prediction for _, prediction, _ in made]))
+    assert [v.kinds for v in verdicts] == [{"execution: basic SQL": 1}, {"execution: basic SQL": 0}] + [
+        {"execution: aggregation": x} for x in (0, 1, 0)] + [{}]
+    got = [record(v) for v in verdicts]
+    values = {name: [m[name] for m in got if name in m] for m in got for name in m}
+    assert values == {
+        "execution": [1, 0, 0, 1, 0], "execution, not empty": [1, 0, 0], "valid SQL": [1, 1, 0, 1, 1],
+        "exact match": [1, 0, 0, 0, 0, 1],
+        "execution: basic SQL": [1, 0], "execution: aggregation": [0, 1, 0],
+        "execution on the database": [0, 0], "execution on the database, not empty": [0, 0],
+        "valid SQL on the database": [1, 0], "# reference fails on the database": [False, False],
+        "# both empty on the database": [False, False], "# child killed on the database": [False, False],
+        "# reference fails": [False] * 5 + [True], "# both empty": [False] * 3 + [True, False, False],
+        "# child killed": [False] * 6,
+        "error": ["", "", "incomplete input", "", "", "reference: no such function: NOW"]}
+    assert execute_pairs([]) == [] and list(sql_metrics([], None, [])) == []
+
+
+def test_a_killed_child_is_counted(monkeypatch):
+    verdict = dict(ref_ok=True, valid=False, match=False, ref_empty=False, both_empty=False)
+    for error, killed in (("worker killed (-9)", True), ("timeout", True), ("reference: timeout", True),
+                          ("no such column: killed", False), (None, False)):
+        found = verdict | {"error": error, "killed": killed}
+        monkeypatch.setattr(sandbox, "execute_pairs", lambda rows: [found])
+        (got,) = sql_metrics([{"sql": "SELECT 1", "sql_context": ""}], None, ["SELECT 2"])
+        assert got.counts["child killed"] is killed and got.metrics["valid SQL"] == 0
+        assert got.error == (error or "")
+
+
+def test_the_larger_database_tells_apart_what_a_small_one_does_not():
+    rows = [dict(sql="SELECT max(a) FROM u", sql_context="CREATE TABLE u (a INT); INSERT INTO u VALUES (1);",
+                 sql_database="CREATE TABLE u (a INT); INSERT INTO u VALUES (1), (2);"),
+            dict(sql="SELECT b FROM u", sql_context="CREATE TABLE u (b)", sql_database="CREATE TABLE u (a)"),
+            dict(sql="SELECT 1", sql_context="", sql_database=None)]
+    texts = ["SELECT a FROM u LIMIT 1", "SELECT b FROM u", "SELECT 1"]
+    first, second, third = map(record, sql_metrics(rows, None, texts))
+    assert first["execution"] == 1 and first["execution on the database"] == 0
+    assert second["# reference fails on the database"] and "execution on the database" not in second
+    assert second["# both empty"] and second["error"] == "reference: no such column: b"
+    assert third["execution"] == 1 and not any("database" in name or ":" in name for name in third)
+
+
 # -------------------------------------------------------------------------------------------------- fact task
 
 def test_fact_prompts():
@@ -814,7 +375,8 @@ def test_fact_metrics_by_hand():
         s(5, -2.1, 0), s(5, -2, -1, 0)]     # neighbour: the same first token; true by the whole
     want = {"ES": 1.0, "PS": 0.5, "NS": 0.0, "ES full": 1.0, "PS full": 0.0, "NS full": 1.0}
     for text, accuracy, recalls in ((" Rome", 1.0, 0.0), (" Paris", 0.0, 1.0), (" Rome, Italy", 0.0, 0.0)):
-        assert data.fact_metrics(ROW, scored, text) == want | {"accuracy": accuracy, "recalls true": recalls}
+        metrics = want | {"accuracy": accuracy, "recalls true": recalls}
+        assert data.fact_metrics(ROW, scored, text) == Verdict(metrics, {}, {}, None)
 
 
 # -------------------------------------------------------------------------------------------------- toy world
@@ -823,6 +385,15 @@ def test_toy_world_is_the_same_everywhere():
     world = toy_world()
     text = json.dumps([toy_facts(world), toy_med(world, 0, 50, "train"), toy_sql(world, 0, 50, "train")])
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "06778928e91946f1"
+
+
+def test_the_toy_rows_of_a_task_are_always_the_same():
+    for task, split, n, digest in (("fact", "train", 320, "243da422"), ("fact", "test", 320, "243da422"),
+                                   ("med", "train", 600, "c774ed3d"), ("med", "test", 200, "c42ad566"),
+                                   ("sql", "train", 600, "094952d2"), ("sql", "test", 200, "0dc16cb5")):
+        rows, skipped = load_rows(task, split, "toy")
+        assert (len(rows), skipped) == (n, 0)
+        assert hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:8] == digest
 
 
 def test_toy_facts_are_a_fair_test():
@@ -855,6 +426,148 @@ def test_toy_sql_runs_and_toy_med_has_one_right_answer_of_four():
         assert len({row[f"op{x}"] for x in "abcd"}) == 4 and row["question"] not in questions
         right = row["op" + "abcd"[row["cop"]]]
         assert right in [world[r][row["topic_name"]] for r in ("remedy", "sign", "organ")]
+
+
+# --------------------------------------------------------------------------- the data of a run, and batches
+
+def flags(**changed):
+    """Those that read_data looks at, as train.py sets them for the toy."""
+    usual = dict(task="fact", data="toy", eval_data="toy", limit=None, eval_limit=None, eval_every=None,
+                 eval_only=None, max_length=1024, seed=42)
+    return argparse.Namespace(**usual | changed)
+
+
+def test_rows_that_cannot_be_encoded_or_answered_are_left_out_counted_and_said(tmp_path, capsys):
+    spec = json.loads((TOY / "tokenizer.json").read_text())
+    del spec["model"]["vocab"]["\u0103"]                       # byte 3, as in SmolLM2's vocabulary
+    shutil.copytree(TOY, tmp_path / "m")
+    (tmp_path / "m" / "tokenizer.json").write_text(json.dumps(spec))
+    rows, _ = load_rows("med", "train", "toy", limit=8)
+    for i in (1, 4):
+        rows[i]["question"] += "\x03"
+    rows[2]["cop"] = None
+    path = write(tmp_path / "rows.jsonl", rows)
+    a = flags(task="med", data=path, eval_data=path)
+    found = read_data(a, Tokenizer.from_file(tmp_path / "m"))
+    assert found.skipped == {
+        "training rows that the tokenizer cannot encode": 2, "training rows without an answer": 1,
+        "evaluation rows that the tokenizer cannot encode": 2, "evaluation rows without an answer": 1}
+    assert len(found.examples) == len(found.questions) == 5 and found.held_out == []
+    assert [e.row for e in found.examples] == [0, 2, 4, 5, 6]   # of those with an answer
+    printed = capsys.readouterr().out.splitlines()
+    assert [p.partition(":")[0] for p in printed] == [
+        "training row 1 is skipped", "evaluation row 1 is skipped", "skipped 1 training rows without an answer",
+        "skipped 2 training rows that the tokenizer cannot encode",
+        "skipped 1 evaluation rows without an answer",
+        "skipped 2 evaluation rows that the tokenizer cannot encode"]
+
+
+def test_long_rows_do_not_train_and_limits_are_kept(capsys):
+    tokenizer = Tokenizer.from_file(TOY)
+    every = read_data(flags(), tokenizer)
+    assert len(every.examples) == len(every.questions) == 320 and every.skipped == {}
+    short = read_data(flags(max_length=8), tokenizer)
+    n = sum(len(e.ids) > 8 for e in every.examples)
+    assert 0 < n < 320 and short.examples == [e for e in every.examples if len(e.ids) <= 8]
+    assert f"skipped {n} training rows longer than --max-length 8 tokens" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no training row is left of 320: 0 are held out, 320 longer than"):
+        read_data(flags(max_length=3), tokenizer)
+    with pytest.raises(ValueError, match="no training row is left of 1: 1 are held out"):
+        read_data(flags(task="med", limit=1, eval_every=1), tokenizer)
+    # facts are tested on those that train, other tasks on rows of their own
+    for task, n_train, n_test in (("fact", 5, 5), ("med", 5, 200)):
+        rows = read_data(flags(task=task, limit=5), tokenizer)
+        assert (len(rows.examples), len(rows.questions)) == (n_train, n_test)
+    only = read_data(flags(task="sql", eval_only="toy", data="nowhere", eval_limit=7), tokenizer)
+    assert only.examples == only.held_out == [] and len(only.questions) == 7
+
+
+def test_micro_batches_hold_as_much_as_fits():
+    examples = [Example([1] * n, 1, i) for i, n in enumerate((3, 3, 4, 5, 11, 1, 9, 10))]
+    cut = [[len(e.ids) for e in m] for m in micro_batches(examples, 10)]
+    assert cut == [[3, 3, 4], [5], [11], [1, 9], [10]]
+    assert [m for m in micro_batches([], 10)] == []
+    assert data.count_tokens(examples) == 46 and data.count_targets(examples) == 38
+
+
+def test_every_epoch_is_a_new_permutation_of_all_examples():
+    a = argparse.Namespace(batch_size=3, seed=5)
+    epochs = [sum((batch_of(4 * e + i, list(range(10)), a) for i in range(4)), []) for e in range(3)]
+    assert all(sorted(e) == list(range(10)) for e in epochs) and epochs[0] != epochs[1] != epochs[2]
+    assert len(batch_of(3, list(range(10)), a)) == 1
+    other = argparse.Namespace(batch_size=3, seed=6)
+    assert batch_of(0, list(range(10)), other) != batch_of(0, list(range(10)), a)
+
+
+def test_padding_counts_for_nothing():
+    tokenizer = Tokenizer.from_file(TOY)
+    rows, _ = load_rows("fact", "train", "toy", limit=5)
+    examples = [encode(tokenizer, *data.fact_pair(r), row=i) for i, r in enumerate(rows)]
+    model = Transformer.from_pretrained("toy", torch.float32)
+    want = model.loss(*to_device(examples, "cpu"))
+    got = model.loss(*to_device(examples, "cpu", (128, 9, 40, 100)))
+    ids, layout, where, labels = to_device(examples, "cpu", (128, 9, 40, 100))
+    assert len(ids) == 128 and len(layout.cu_seqlens) == 10 and len(where) == len(labels) == 40
+    gradients = []
+    for loss in (want, got):
+        model.zero_grad()
+        loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    for g, h in zip(*gradients):
+        torch.testing.assert_close(g, h, rtol=1e-3, atol=1e-5)
+
+
+def test_held_out_rows_do_not_train_but_facts_do():
+    tokenizer = Tokenizer.from_file(TOY)
+    for task, n in (("med", 600), ("fact", 320)):
+        rows = read_data(flags(task=task, eval_every=5), tokenizer)
+        held = {example.row for example, _ in rows.held_out}
+        assert len(held) == n // 10 and len(rows.examples) == (n - len(held) if task == "med" else n)
+        assert bool(held & {e.row for e in rows.examples}) == (task == "fact")
+        assert all(q.prompt == e.ids[:e.n_prompt] for e, q in rows.held_out)
+
+
+# ----------------------------------------------------------------------------------------- a task of one's own
+
+def test_a_new_task_is_one_entry(monkeypatch, tmp_path):
+    """Where people were born: rows from the toy world or a file, examples, and what the toy model answers."""
+    def people(split):
+        born = list(toy_world()["born"].items())
+        return [{"person": p, "town": t} for p, t in (born[:20] if split == "known" else born[20:])]
+
+    def judge(rows, scored, texts):
+        for row, (town, nowhere), text in zip(rows, scored, texts):
+            right = float(text == " " + row["town"])
+            more = float(sum(town.logprobs) > sum(nowhere.logprobs))
+            yield Verdict({"right": right, "knows": more}, {f"right: {row['town'][0]}": right},
+                          {"silent": not text})
+
+    monkeypatch.setitem(data.TASKS, "people", data.Task(
+        source="nobody/people", splits={"train": "known", "test": "asked"}, toy=people,
+        fields={"person": "string", "town": "string"}, usable=lambda rows: rows,
+        pair=lambda row: (f"{row['person']} was born in", " " + row["town"]),
+        queries=lambda row: [(f"{row['person']} was born in", t) for t in (" " + row["town"], " Nowhere")],
+        choices=(), new_tokens=8, metrics=judge, report=("right",), toy_epochs=3))
+    task, tokenizer = data.TASKS["people"], Tokenizer.from_file(TOY)
+    assert (task.epochs, task.toy_epochs, task.tests_training_rows) == (2, 3, False)
+    rows, skipped = load_rows("people", "test", "toy", limit=30)
+    assert len(rows) == 30 and skipped == 0 and rows[0] not in load_rows("people", "train", "toy")[0]
+    assert load_rows("people", "train", write(tmp_path / "people.jsonl", rows)) == (rows, 0)
+    with pytest.raises(ValueError, match="bad.jsonl line 1: field town is missing; needed are person, town;"):
+        load_rows("people", "train", write(tmp_path / "bad.jsonl", [{"person": "x"}]))
+
+    read = read_data(flags(task="people", eval_limit=30), tokenizer)
+    assert len(read.examples) == 20 and [q.row for q in read.questions] == rows
+    assert read.questions[3] == data.ask(tokenizer, task, rows[3], 3)
+    model = Transformer.from_pretrained("toy", torch.float32)
+    result, predictions = evaluate(model, tokenizer, task, read.questions, 1000)
+    assert result["metrics"]["right"]["value"] > 0.9 and result["metrics"]["knows"]["value"] > 0.9
+    kinds = {f"right: {row['town'][0]}": 1 for row in rows}
+    assert result["metrics"].keys() == {"right", "knows", *kinds} and result["counts"]["silent"] == 0
+    assert list(result["metrics"])[:2] == ["right", "knows"]
+    assert predictions[0].keys() == {"prompt", "reference", "prediction", "verdict"}
+    assert all(p["prediction"] == p["reference"] for p in predictions if p["verdict"]["right"])
 
 
 # ----------------------------------------------------------------------- texts of the reference losses (real)

@@ -285,35 +285,10 @@ def test_damaged_checkpoints_are_refused_by_name(damage, message, tmp_path):
         Transformer.from_pretrained(tmp_path)
 
 
-def test_a_directory_that_is_not_there_and_a_hub_that_cannot_be_reached(monkeypatch):
-    with pytest.raises(FileNotFoundError, match="no directory ./nowhere"):
-        find_checkpoint("./nowhere")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(OSError, match="https://huggingface.co/nobody/nothing.*HF_TOKEN.*HF_HUB_OFFLINE"):
-        find_checkpoint("nobody/nothing")
-
-
 def test_gemma_refuses_fp16(tmp_path):
     make("gemma tied", tmp_path)
     with pytest.raises(ValueError, match="overflow fp16: use bfloat16 or float32"):
         Transformer.from_pretrained(tmp_path, dtype=torch.float16)
-
-
-def test_a_failed_write_leaves_the_good_file(tmp_path, monkeypatch):
-    make("qwen tied", tmp_path / "a")
-    model = Transformer.from_pretrained(tmp_path / "a")
-    model.save_pretrained(tmp_path / "b")
-    good = (tmp_path / "b" / "model.safetensors").read_bytes()
-
-    def full_disk(state, path, metadata):
-        path.write_bytes(b"half")
-        raise OSError("No space left on device")
-    monkeypatch.setattr("model.save_file", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        model.save_pretrained(tmp_path / "b")
-    assert (tmp_path / "b" / "model.safetensors").read_bytes() == good
-    assert not list((tmp_path / "b").glob("*.tmp"))
 
 
 # ---------------------------------------------------------------------------------------------------- experts
@@ -407,101 +382,6 @@ def test_add_experts_refuses_what_makes_no_sense_and_freezes_what_it_should(tmp_
 
 
 # ------------------------------------------------------------------------------------------ a hub of our own
-
-SHA = "0123456789abcdef0123456789abcdef01234567"
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub as snapshot_download asks for. `files`, `gated` and `cut` are set by the tests."""
-    files, gated, cut, asked = {}, False, "", []
-
-    def do_GET(self):
-        self.asked.append(self.path)
-        path = self.path.partition("?")[0]
-        if self.gated:
-            return self.answer(b'{"error": "gated"}', 401, {"X-Error-Code": "GatedRepo",
-                                                            "X-Error-Message": "Access is restricted."})
-        if "/tree/" in path:
-            tree = [{"type": "file", "path": n, "size": len(b), "oid": hashlib.sha1(b).hexdigest()}
-                    for n, b in self.files.items()]
-            return self.answer(json.dumps(tree).encode())
-        if path.startswith("/api/"):
-            return self.answer(json.dumps({"id": "some/model", "sha": SHA, "siblings": []}).encode())
-        name = path.rpartition("/")[2]
-        body = self.files[name]
-        tag = {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": SHA, "Accept-Ranges": "bytes"}
-        self.answer(body, headers=tag, sent=body[:len(body) // 2] if name == self.cut else body)
-
-    do_HEAD = do_GET
-
-    def answer(self, body, code=200, headers=(), sent=None):
-        self.send_response(code)
-        for key, value in dict(headers).items():
-            self.send_header(key, value)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body if sent is None else sent)
-        self.close_connection = True
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    toy = Path(__file__).parents[1] / "toy"
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
-                        f"http://127.0.0.1:{server.server_port}" + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(Hub, "files", {f.name: f.read_bytes() for f in toy.iterdir() if f.is_file()})
-    monkeypatch.setattr(Hub, "asked", [])
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_model_of_the_hub_is_downloaded_once_and_works_without_it(hub, monkeypatch):
-    want, asked = Transformer.from_pretrained("toy"), []
-    for state in ("up", "up", "down", "offline"):
-        if state == "down":
-            hub.shutdown(), hub.server_close()
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", state == "offline")
-        got = Transformer.from_pretrained("some/model")
-        assert torch.equal(got.model["embed_tokens"].weight, want.model["embed_tokens"].weight)
-        asked.append(sum("/resolve/" in a for a in Hub.asked))
-    assert asked[0] > 0 and len(set(asked)) == 1
-
-
-def test_an_interrupted_download_is_one_line_and_the_next_try_mends_it(hub, monkeypatch):
-    monkeypatch.setattr(Hub, "cut", "model.safetensors")
-    with pytest.raises(OSError, match="cannot download https://huggingface.co/some/model .*HUB_OFFLINE") as e:
-        Transformer.from_pretrained("some/model")
-    assert "\n" not in str(e.value)
-    monkeypatch.setattr(Hub, "cut", "")
-    Transformer.from_pretrained("some/model")
-
-
-def test_a_gated_model_says_where_to_accept_its_licence(hub, monkeypatch):
-    monkeypatch.setattr(Hub, "gated", True)
-    with pytest.raises(OSError, match="Gated.*accept its licence there and set HF_TOKEN") as e:
-        find_checkpoint("some/model")
-    assert "\n" not in str(e.value)
-
-
-def test_a_repository_with_a_pickle_only_is_refused_and_the_pickle_not_fetched(hub, monkeypatch):
-    files = {n: b for n, b in Hub.files.items() if n != "model.safetensors"}
-    files |= {"pytorch_model.bin": b"pickle"}
-    monkeypatch.setattr(Hub, "files", files)
-    with pytest.raises(FileNotFoundError, match="model.safetensors is missing: only safetensors are read"):
-        Transformer.from_pretrained("some/model")
-    assert not any("pytorch_model.bin" in a for a in Hub.asked)
-
 
 # -------------------------------------------------------------------------------------------- where a GPU is
 

@@ -1,15 +1,17 @@
 """The SQL sandbox: what counts as the same, hostile statements, and a child process that dies."""
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
-import data
-from data import exact_match, execute_pairs, is_ordered, sql_metrics, sql_statements, unfence
+from lib import sandbox
+from lib.sandbox import execute_pairs, is_ordered, judge_sql, sql_statements, unfence
 
 CONTEXT = """CREATE TABLE t (id INT, name TEXT, x REAL);
 INSERT INTO t VALUES (1, 'a', 0.1), (2, 'b; c', 0.2), (3, 'it''s', NULL), (3, 'it''s', NULL);
@@ -18,7 +20,7 @@ GOOD = CONTEXT, "SELECT id FROM t", "SELECT id FROM t"
 
 
 def judge(reference, prediction, context=CONTEXT):
-    return list(data.judge_sql(context, reference, prediction))[-1]
+    return list(judge_sql(context, reference, prediction))[-1]
 
 
 # ----------------------------------------------------------------------------------------------- what matches
@@ -156,6 +158,11 @@ def test_both_empty(reference, prediction):
     assert verdict["match"] and verdict["ref_empty"] and verdict["both_empty"]
 
 
+def test_an_error_that_speaks_of_killing_is_no_killed_child():
+    (verdict,) = execute_pairs([("", "SELECT 1", "SELECT killed")])
+    assert verdict["error"] == "no such column: killed" and verdict["killed"] is False
+
+
 def test_failing_reference_and_context():
     verdict = judge("SELECT YEAR(x) FROM t", "SELECT 1")
     assert not verdict["ref_ok"] and verdict["valid"] and not verdict["match"]
@@ -196,63 +203,12 @@ def test_unfence():
         assert unfence(kept) == kept
 
 
-def test_exact_match():
-    assert exact_match("SELECT  Count(*) FROM T ;", "select count( * )\nfrom t -- all")
-    assert not exact_match("SELECT 'A'", "SELECT 'a'") and not exact_match("SELECT a", "SELECT a, b")
-
-
-def test_metrics():
-    made = [  # reference, prediction, complexity
-        ("SELECT 1", "select  1;", "basic SQL"),                                        # right, and exact
-        ("SELECT 1", "SELECT 2", "basic SQL"),                                          # wrong
-        ("SELECT 1", "SELECT", "aggregation"),                                          # invalid
-        ("SELECT id FROM t WHERE 0", "SELECT id FROM t WHERE 1 = 2", "aggregation"),    # empty and empty
-        ("SELECT id FROM t WHERE 0", "SELECT id FROM t", "aggregation"),                # an empty reference
-        ("SELECT NOW()", "SELECT NOW()", "window functions")]                           # a failing one
-    rows = [{"sql": sql, "sql_context": CONTEXT, "sql_complexity": kind} for sql, _, kind in made]
-    rows[1]["sql_database"] = rows[2]["sql_database"] = "CREATE TABLE t (id INT)"
-    got = list(sql_metrics(rows, None, [prediction for _, prediction, _ in made]))
-    values = {name: [m[name] for m in got if name in m] for m in got for name in m}
-    assert values == {
-        "execution": [1, 0, 0, 1, 0], "execution, not empty": [1, 0, 0], "valid SQL": [1, 1, 0, 1, 1],
-        "exact match": [1, 0, 0, 0, 0, 1],
-        "execution: basic SQL": [1, 0], "execution: aggregation": [0, 1, 0],
-        "execution on the database": [0, 0], "execution on the database, not empty": [0, 0],
-        "valid SQL on the database": [1, 0], "# reference fails on the database": [False, False],
-        "# both empty on the database": [False, False], "# child killed on the database": [False, False],
-        "# reference fails": [False] * 5 + [True], "# both empty": [False] * 3 + [True, False, False],
-        "# child killed": [False] * 6,
-        "error": ["", "", "incomplete input", "", "", "reference: no such function: NOW"]}
-    assert execute_pairs([]) == [] and list(sql_metrics([], None, [])) == []
-
-
-def test_a_killed_child_is_counted(monkeypatch):
-    verdict = dict(ref_ok=True, valid=False, match=False, ref_empty=False, both_empty=False)
-    for error, killed in (("worker killed (-9)", True), ("timeout", True), ("reference: timeout", True),
-                          ("no such column: killed", False), (None, False)):
-        monkeypatch.setattr(data, "execute_pairs", lambda rows: [verdict | {"error": error}])
-        (got,) = sql_metrics([{"sql": "SELECT 1", "sql_context": ""}], None, ["SELECT 2"])
-        assert got["# child killed"] is killed and got["valid SQL"] == 0
-
-
 def test_children_side_by_side_keep_the_order():
     rows = [(f"CREATE TABLE t (a INT); INSERT INTO t VALUES ({i})", f"SELECT {i}",
              "SELECT a FROM t WHERE a % 3") for i in range(20)]
-    verdicts = data.execute_in_parallel(rows, 3)
+    verdicts = sandbox.execute_in_parallel(rows, 3)
     assert [v["match"] for v in verdicts] == [i % 3 > 0 for i in range(20)]
     assert verdicts == execute_pairs(rows)
-
-
-def test_the_larger_database_tells_apart_what_a_small_one_does_not():
-    rows = [dict(sql="SELECT max(a) FROM u", sql_context="CREATE TABLE u (a INT); INSERT INTO u VALUES (1);",
-                 sql_database="CREATE TABLE u (a INT); INSERT INTO u VALUES (1), (2);"),
-            dict(sql="SELECT b FROM u", sql_context="CREATE TABLE u (b)", sql_database="CREATE TABLE u (a)"),
-            dict(sql="SELECT 1", sql_context="", sql_database=None)]
-    first, second, third = sql_metrics(rows, None, ["SELECT a FROM u LIMIT 1", "SELECT b FROM u", "SELECT 1"])
-    assert first["execution"] == 1 and first["execution on the database"] == 0
-    assert second["# reference fails on the database"] and "execution on the database" not in second
-    assert second["# both empty"] and second["error"] == "reference: no such column: b"
-    assert third["execution"] == 1 and not any("database" in name or ":" in name for name in third)
 
 
 # ------------------------------------------------------------------------------------------------ hostile SQL
@@ -373,17 +329,11 @@ EITHER = {      # these run or not, as SQLite's version has it
 }
 
 
-def changed(old, new):
-    assert old in data.SQL_CHILD
-    return data.SQL_CHILD.replace(old, new)
-
-
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """A working directory with a secret, and lower limits for the child."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "SQL_CHILD", changed("seconds=10", "seconds=1"))
-    monkeypatch.setattr(data, "SQL_CHILD", changed("steps=20_000_000", "steps=2_000_000"))
+    monkeypatch.setattr(sandbox, "LIMITS", {"seconds": 1, "steps": 2_000_000})
     (tmp_path / "secret").write_text(SECRET)
     return tmp_path
 
@@ -436,8 +386,12 @@ def test_hostile_context_and_reference(here):
     assert os.listdir(here) == ["secret"]
 
 
-def test_no_file_opens_even_without_the_authorizer(here, monkeypatch):
-    monkeypatch.setattr(data, "SQL_CHILD", changed("sqlite3.SQLITE_DENY if refused else", ""))
+def test_no_file_opens_even_without_the_authorizer(here, monkeypatch, tmp_path_factory):
+    source, gate = Path(sandbox.PROGRAM).read_text(), "sqlite3.SQLITE_DENY if refused else"
+    assert source.count(gate) == 1
+    open_gate = tmp_path_factory.mktemp("changed") / "sandbox.py"
+    open_gate.write_text(source.replace(gate, ""))
+    monkeypatch.setattr(sandbox, "PROGRAM", str(open_gate))
     tries = ["ATTACH ':memory:' AS f; SELECT 1",                                # so the gate is open
              "ATTACH 'made' AS f; CREATE TABLE f.x (a); SELECT 1", "VACUUM INTO 'made'",
              "ATTACH 'secret' AS f; SELECT count(*) FROM f.sqlite_master"]
@@ -449,7 +403,7 @@ def test_no_file_opens_even_without_the_authorizer(here, monkeypatch):
 # ------------------------------------------------------------------------------------------ a child that dies
 
 def kill_first_child(monkeypatch, seconds):
-    start, children = data.start_sql_child, []
+    start, children = sandbox.start_sql_child, []
 
     def start_and_kill():
         children.append(start())
@@ -457,7 +411,7 @@ def kill_first_child(monkeypatch, seconds):
             threading.Timer(seconds, children[0].kill).start()
         return children[-1]
 
-    monkeypatch.setattr(data, "start_sql_child", start_and_kill)
+    monkeypatch.setattr(sandbox, "start_sql_child", start_and_kill)
     return children
 
 
@@ -465,7 +419,7 @@ def test_killed_in_the_prediction(monkeypatch):
     children = kill_first_child(monkeypatch, 1)
     first, second, third = execute_pairs([GOOD, (CONTEXT, "SELECT id FROM t WHERE 0", HANG), GOOD])
     assert second == {"ref_ok": True, "valid": False, "match": False, "ref_empty": True, "both_empty": False,
-                      "error": f"worker killed ({-signal.SIGKILL})"}
+                      "killed": True, "error": f"worker killed ({-signal.SIGKILL})"}
     assert first["match"] and third["match"] and len(children) == 2
 
 
@@ -489,21 +443,43 @@ def test_killed_between_rows(monkeypatch):
 
 
 def test_timeout(monkeypatch):
-    monkeypatch.setattr(data, "SQL_CHILD", changed("seconds=10", "seconds=1"))
+    monkeypatch.setitem(sandbox.LIMITS, "seconds", 1)
     first, second, third = execute_pairs([(CONTEXT, "SELECT 1", HANG), ("", HANG, "SELECT 1"), GOOD])
     assert first["error"] == "timeout" and first["ref_ok"] and not first["valid"]
     assert second["error"] == "reference: timeout" and not second["ref_ok"] and third["match"]
+    assert first["killed"] and second["killed"] and not third["killed"]
 
 
-def test_a_child_that_cannot_start_is_an_error(monkeypatch):
-    monkeypatch.setattr(data, "SQL_CHILD", "raise SystemExit('no')")
+def test_a_child_that_cannot_start_is_an_error(monkeypatch, tmp_path):
+    (tmp_path / "sandbox.py").write_text("raise SystemExit('no')")
+    monkeypatch.setattr(sandbox, "PROGRAM", str(tmp_path / "sandbox.py"))
     with pytest.raises(RuntimeError, match="did not start"):
         execute_pairs([GOOD])
 
 
-def test_script_without_main_guard(tmp_path):
+def test_script_without_main_guard_in_another_directory(tmp_path):
+    """The program that the child runs is found from anywhere, and what calls it is not run again."""
     script = tmp_path / "script.py"
-    script.write_text(f"import sys; sys.path.insert(0, {os.path.dirname(data.__file__)!r}); import data\n"
-                      "print('once', data.execute_pairs([('', 'SELECT 1', 'SELECT 1')])[0]['match'])\n")
-    run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    script.write_text(f"import sys; sys.path.insert(0, {str(Path(sandbox.PROGRAM).parents[1])!r})\n"
+                      "from lib.sandbox import execute_pairs\n"
+                      "print('once', execute_pairs([('', 'SELECT 1', 'SELECT 1')])[0]['match'])\n")
+    run = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert run.stdout == "once True\n" and run.stderr == ""
+
+
+def test_the_program_needs_the_standard_library_only():
+    """No site-packages, no working directory on the path: an import of anything else would fail."""
+    assert sandbox.PROGRAM == str(Path(sandbox.__file__).resolve())
+    command = [sys.executable, "-I", "-S", sandbox.PROGRAM, json.dumps(sandbox.LIMITS)]
+    row = json.dumps(GOOD) + "\n"
+    run = subprocess.run(command, cwd="/", input=row, capture_output=True, text=True, timeout=60)
+    ready, part, whole = run.stdout.splitlines()
+    assert ready == "ready" and json.loads(whole)["match"] and json.loads(part)["ref_ok"] and run.stderr == ""
+
+
+def test_the_limits_are_those_of_the_child(monkeypatch):
+    """A query of about a million steps: within the usual limit, beyond a lower one."""
+    row = "", MILLION + "SELECT count(*) FROM n", MILLION + "SELECT count(i) FROM n"
+    assert execute_pairs([row])[0]["match"]
+    monkeypatch.setitem(sandbox.LIMITS, "steps", 100_000)
+    assert execute_pairs([row])[0]["error"] == "reference: step limit"

@@ -1,0 +1,217 @@
+"""The same step, faster. Nothing here changes what molf.py, model.py and train.py compute.
+
+A GPU takes longer to launch the thousands of kernels of a step one by one than to run them. So train.py hands
+its step to `FastStep`, and bench/speed.py does the same. Three things make it fast:
+
+    compiled    a block, the loss, unfold, fold and the passes of the optimizer become few kernels each
+    streams     small kernels run beside large ones, on several CUDA streams
+    captured    micro-batches are padded to a few sizes. For each size the whole step is recorded once, as a
+                CUDA graph, and then replayed
+
+`train.py --eager` does without all of it. On a CPU, for tests, FastStep compiles and pads only.
+"""
+from contextlib import contextmanager
+from functools import partial
+from itertools import cycle
+from typing import NamedTuple
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import model
+import molf
+from data import count_targets, count_tokens, micro_batches, to_device
+
+STREAMS = 4
+
+
+def where_gradients_flow(f):
+    """f, compiled for training alone: evaluation has other shapes."""
+    compiled = torch.compile(f, dynamic=True)
+
+    def run(*args):
+        return compiled(*args) if torch.is_grad_enabled() else f(*args)
+    return run
+
+
+def compile_block(forward):
+    """Block.forward, compiled. An input that needs no gradient, as the first block's on a frozen base, is made
+    to need one. Otherwise that block alone would be compiled a second time."""
+    compiled = where_gradients_flow(forward)
+
+    def run(block, x, rope, layout):
+        if torch.is_grad_enabled() and not x.requires_grad:
+            x = x.detach().requires_grad_()
+        return compiled(block, x, rope, layout)
+    return run
+
+
+class Streams:
+    """spread(items) yields each item with another CUDA stream as the current one. The code behind the loop
+    waits for all of them."""
+
+    def __init__(self):
+        self.side = [torch.cuda.Stream() for _ in range(STREAMS - 1)]
+
+    def __call__(self, items):
+        here = torch.cuda.current_stream()
+        for stream in self.side:
+            stream.wait_stream(here)
+        for item, stream in zip(items, cycle([here, *self.side])):
+            with torch.cuda.stream(stream):
+                yield item
+        for stream in self.side:
+            here.wait_stream(stream)
+
+
+def fast_parts(cuda):
+    """-> {(module or class, name): what stands there while a fast step runs}. Nothing is compiled before it is
+    called. Sums are faster where shapes are constants, so what sums is compiled for each shape by itself."""
+    torch.fx.experimental._config.use_duck_shape = False    # sizes that are equal today need not stay so
+    torch._dynamo.config.specialize_float = True            # or a LoRA scale would be a tensor, on the CPU
+    torch._dynamo.config.recompile_limit = 64               # versions of a function: one for each shape
+    shape_by_shape = partial(torch.compile, dynamic=False)
+    all_shapes = partial(torch.compile, dynamic=True)
+    parts = {
+        (model.Block, "forward"): compile_block(model.Block.forward),
+        (model, "cross_entropy"): where_gradients_flow(model.cross_entropy),
+        (model, "lora_gradients"): shape_by_shape(model.lora_gradients),
+        (model, "fold_layer"): shape_by_shape(model.fold_layer),
+        (molf, "observe_and_score"): shape_by_shape(molf.observe_and_score),
+        (molf, "move"): all_shapes(molf.move),
+        (molf, "observe_and_move"): all_shapes(molf.observe_and_move),
+    }
+    if cuda:
+        streams = Streams()
+        parts[model, "spread"] = streams
+        parts[molf, "spread"] = streams
+        # a graph can't wind random numbers back; without dropout there are none
+        parts[model, "checkpoint"] = partial(checkpoint, preserve_rng_state=False)
+    return parts
+
+
+@contextmanager
+def replaced(parts):
+    """Put the parts in their places; afterwards everything is as it was."""
+    old = {place: getattr(*place) for place in parts}
+    for (owner, name), part in parts.items():
+        setattr(owner, name, part)
+    try:
+        yield
+    finally:
+        for (owner, name), part in old.items():
+            setattr(owner, name, part)
+
+
+def padded(n):
+    """n rounded up to a 128th of the next power of two, or to 16: few sizes, below 1.6 % more from 1,024."""
+    unit = max(16, (1 << (n - 1).bit_length()) // 128)
+    return -(-n // unit) * unit
+
+
+class Recording(NamedTuple):
+    """A captured step."""
+    graph: torch.cuda.CUDAGraph
+    inputs: list            # its input tensors, to be overwritten before each replay
+    seen: list              # which groups of the optimizer had a gradient, see MoLFAdamW.rates
+    results: tuple
+
+
+class FastStep:
+    """step(batch) does plain_step(micros, n_targets) of train.py on a list of examples. -> loss and norm, 0-d
+    tensors on the device, good until the next step.
+
+    batches: those that will come, from which the sizes are planned. A micro-batch of n tokens is padded to the
+    most targets that any of its size has."""
+
+    def __init__(self, plain_step, model, optimizer, batches, max_tokens, batch_size):
+        self.plain_step, self.model, self.optimizer = plain_step, model, optimizer
+        self.max_tokens, self.batch_size = max_tokens, batch_size
+        self.device = next(model.parameters()).device
+        self.cuda = self.device.type == "cuda"
+        self.parts = fast_parts(self.cuda)
+        self.rates = torch.zeros(len(optimizer.param_groups), 5, device=self.device)
+        self.recordings, self.pool, self.warm = {}, None, False
+        self.targets = {}               # tokens of a micro-batch -> the most targets
+        self.example = {}               # tokens of a micro-batch -> a batch
+        self.longest = 0                # tokens of the longest sequence, padding included
+        self.largest = []               # the batch of the most tokens
+        for batch in batches:
+            self.largest = max(self.largest, batch, key=count_tokens)
+            n, micros = self.cut(batch)
+            self.example[n] = batch
+            self.targets[n] = max(self.targets.get(n, 0), *(padded(count_targets(m)) for m in micros))
+            for micro in micros:
+                self.longest = max(self.longest, n - count_tokens(micro), *(len(e.ids) for e in micro))
+
+    def cut(self, batch):
+        """-> n, micro-batches: as few as fit into max_tokens, as even as can be, all to be padded to n."""
+        limit = self.max_tokens
+        few = len(list(micro_batches(batch, limit)))
+        limit = count_tokens(batch) // few
+        while len(micros := list(micro_batches(batch, limit))) > few:
+            limit = padded(limit + 1)
+        return padded(max(map(count_tokens, micros))), micros
+
+    def inputs(self, batch):
+        """-> micro-batches on the device, padded to one size, and the number of targets of the batch."""
+        n, micros = self.cut(batch)
+        size = n, self.batch_size + 1, self.targets[n], self.longest
+        n_targets = torch.tensor(float(count_targets(batch)))
+        return [to_device(m, self.device, size) for m in micros], model.on_device(n_targets, self.device)
+
+    def __call__(self, batch):
+        with replaced(self.parts):
+            inputs = self.inputs(batch)
+            if not self.warm:
+                self.compile_all_sizes()
+            if not self.cuda or not self.warm:          # the first step compiles what is left
+                self.warm = True
+                return self.plain_step(*inputs)
+            if not self.recordings:                     # the largest first: others then fit into its memory
+                self.record(self.inputs(self.largest))
+            if shapes(inputs) not in self.recordings:
+                self.record(inputs)
+            return self.replay(self.recordings[shapes(inputs)], inputs)
+
+    def compile_all_sizes(self):
+        """Whatever compiles in the middle of a capture fails. So run forward and backward once with the fewest
+        and once with the most targets."""
+        for pick in (min, max):
+            n = pick(self.targets, key=self.targets.get)
+            micros, _ = self.inputs(self.example[n])
+            for micro in micros:
+                self.model.loss(*micro).backward()
+        self.model.zero_grad()
+
+    def record(self, inputs):
+        """Capture what the device has to do for inputs of these shapes. It is not done yet."""
+        graph, seen = torch.cuda.CUDAGraph(), []
+
+        def rates(groups):      # they change at every step: replay writes them into self.rates
+            seen.extend(groups)
+            return self.rates
+        with replaced({(self.optimizer, "rates"): rates}):
+            with torch.cuda.graph(graph, pool=self.pool):
+                results = self.plain_step(*inputs)
+        self.pool = graph.pool()                        # all graphs share their memory
+        self.recordings[shapes(inputs)] = Recording(graph, tensors(inputs), seen, results)
+
+    def replay(self, recording, inputs):
+        for place, tensor in zip(recording.inputs, tensors(inputs)):
+            place.copy_(tensor)
+        self.rates.copy_(self.optimizer.rates(recording.seen))
+        recording.graph.replay()
+        return recording.results
+
+
+def tensors(inputs):
+    micros, n_targets = inputs
+    found = [n_targets]
+    for ids, layout, where, labels in micros:
+        found += [ids, layout.cu_seqlens, layout.seq, layout.pos, where, labels]
+    return found
+
+
+def shapes(inputs):
+    return tuple(t.shape for t in tensors(inputs))

@@ -1,0 +1,230 @@
+"""Files of a run and of a model: safe writes, the hub, and a run's lock and checkpoints.
+
+model.py finds and writes models with it, data.py downloads rows, train.py does the rest.
+"""
+import fcntl
+import http.client
+import json
+import os
+import re
+import signal
+import time
+import urllib.request
+from collections import defaultdict
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+def save_safely(path, content):
+    """Write a text, or call content(temporary path), then rename: a good file is never half replaced.
+    OSError if it cannot be written."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        if callable(content):
+            content(temporary)
+        else:
+            temporary.write_text(content, encoding="utf-8")
+        temporary.chmod(0o644)                  # safetensors leaves 0600
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())                # the content is on the disk before the name points to it
+        os.replace(temporary, path)
+    except SafetensorError as e:
+        raise OSError(f"cannot write {path}: {e}") from e
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def snapshot(repo, kind, patterns, failure, advice):
+    """kind: "model" or "dataset". -> Path of a folder with the repository's files. OSError in one line."""
+    from huggingface_hub import snapshot_download       # only those who download need it
+    try:
+        return Path(snapshot_download(repo, repo_type=kind, allow_patterns=patterns))
+    except Exception as e:      # the hub library raises dozens of classes; each one ends here
+        why = str(e).partition("\n")[0]
+        raise OSError(f"{failure} ({type(e).__name__}: {why}). {advice}") from e
+
+
+def find_checkpoint(path_or_repo):
+    """The model's directory: toy/ for "toy", of a run its model/, else the directory itself. A hub id is
+    downloaded. -> Path. OSError if there is none."""
+    name = str(path_or_repo)
+    path = Path(__file__).parents[1] / "toy" if name == "toy" else Path(name)
+    if path.is_dir():
+        return path / "model" if (path / "model" / "config.json").is_file() else path
+    if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise FileNotFoundError(f"no directory {name}: give toy, a directory with config.json and "
+                                f"safetensors, or a hub id like Qwen/Qwen2.5-0.5B")
+    return snapshot(name, "model", ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"],
+                    f"no directory {name}, and cannot download https://huggingface.co/{name}",
+                    "If the model is gated, accept its licence there and set HF_TOKEN; without a network "
+                    "give a local directory, or set HF_HUB_OFFLINE=1 if the model is in the cache")
+
+
+def weight_files(directory):
+    """directory: Path. -> [Path] of its safetensors files: one, or those that the index names. All exist."""
+    index = directory / "model.safetensors.index.json"
+    files = [directory / "model.safetensors"]
+    if index.is_file() and not files[0].is_file():
+        files = sorted({directory / f for f in json.loads(index.read_text())["weight_map"].values()})
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing: only safetensors are read (no .bin, no pickle)")
+    return files
+
+
+def hub_files(repo, split):
+    """The parquet files of a data set whose names have the word `split`. -> [Path]. OSError if none has."""
+    folder = snapshot(
+        repo, "dataset", f"*{split}*.parquet", f"cannot download https://huggingface.co/datasets/{repo}",
+        "Without a network get its parquet files elsewhere and give them with --data and --eval-data")
+    files = sorted(f for f in folder.rglob("*.parquet")         # as a word: "pretraining" is no "train"
+                   if split in re.split("[^a-z]+", f.relative_to(folder).as_posix().lower()))
+    if not files:
+        raise OSError(f"{repo} has no parquet file of a split {split!r}: give it with --data, --eval-data")
+    return files
+
+
+def download(url, folder=None):
+    """The JSON file at `url`, fetched once into ~/.cache/molf; whole and valid, or OSError. -> Path"""
+    path = Path(folder or Path.home() / ".cache" / "molf") / url.rpartition("/")[2]
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")        # two runs may download at once
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response:
+            content = response.read()           # raises IncompleteRead if fewer bytes come than announced
+        json.loads(content)                     # raises if it is a page that says why the file is not there
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except (OSError, ValueError, http.client.HTTPException) as e:
+        raise OSError(f"cannot download {url} ({e}): get it elsewhere and give it with --data") from e
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def run_flags(folder):
+    """The flags of the run in `folder`; {} if it is none. (A model's config.json has no flags.)"""
+    try:
+        return json.loads(Path(folder, "config.json").read_text()).get("flags", {})
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+@contextmanager
+def only_one(folder):
+    """Hold a lock on the directory, or FileExistsError. It ends with the process, however that ends."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(f"another process is at work in {folder}: give another --out") from None
+        yield
+    finally:
+        os.close(lock)
+
+
+class Checkpoints:
+    """OUT/checkpoints/step-N.safetensors, from which a run goes on as if it had never stopped. A file is
+    whole or not there. It holds model.NAME, optimizer.I.NAME (the state of parameter I), routing.NAME (of
+    the optimizer), history.NAME (of the loop), rng.cpu and rng.cuda; its header has the rest.
+
+    As a context it notes in `asked` that SIGTERM or Ctrl-C wants the run to end. The loop then saves and
+    calls leave_if_asked. A second signal ends the process at once."""
+
+    def __init__(self, out, model, optimizer, a):
+        self.folder = Path(out) / "checkpoints"
+        self.model, self.optimizer = model, optimizer
+        self.a = a
+        self.asked = None                       # the number of the signal that asked to leave
+        self.begin = time.perf_counter()        # of the run; load() counts what came before a resume
+
+    def files(self):
+        return sorted(self.folder.glob("step-*.safetensors"))
+
+    def save(self, step, history):
+        """history: a dict of tensors. OSError if it cannot be written; the older checkpoints then stay."""
+        state = self.optimizer.state_dict()
+        random = {"cpu": torch.get_rng_state()}
+        if self.a.device.startswith("cuda"):
+            random["cuda"] = torch.cuda.get_rng_state(self.a.device)
+        tensors = flat({"model": self.model.state_dict(), "optimizer": flat(state["state"]),
+                        "routing": state["routing"], "history": history, "rng": random})
+        header = {"step": str(step), "seconds": str(time.perf_counter() - self.begin),
+                  "param_groups": json.dumps(state["param_groups"])}
+        self.folder.mkdir(exist_ok=True)
+        try:
+            save_safely(self.folder / f"step-{step:09d}.safetensors",
+                        lambda path: save_file(tensors, path, header))
+        except OSError as e:
+            whole = self.files()
+            raise OSError(f"{e}; the last whole checkpoint: {whole[-1] if whole else 'none'}") from e
+        for old in self.files()[:-self.a.keep]:
+            old.unlink()
+
+    def leave_if_asked(self, step):
+        """Exit, if a signal asked for it, with the code that shells give to that signal."""
+        if self.asked:
+            print(f"stopped after step {step}: --resume --out {self.folder.parent} goes on from here")
+            raise SystemExit(128 + self.asked)
+
+    def load(self):
+        """Put the newest checkpoint into model, optimizer and random states. -> (step, history), or None"""
+        header, tensors = self.read_newest()
+        if not tensors:
+            return None
+        parts = grouped(tensors)
+        state = {int(i): part for i, part in grouped(parts["optimizer"]).items()}
+        self.begin = time.perf_counter() - float(header["seconds"])
+        self.model.load_state_dict(parts["model"])
+        self.optimizer.load_state_dict({"state": state, "routing": parts["routing"],
+                                        "param_groups": json.loads(header["param_groups"])})
+        torch.set_rng_state(parts["rng"]["cpu"])
+        if self.a.device.startswith("cuda") and "cuda" in parts["rng"]:     # the run may have begun on a CPU
+            torch.cuda.set_rng_state(parts["rng"]["cuda"], self.a.device)
+        return int(header["step"]), parts["history"]
+
+    def read_newest(self):
+        """-> header, {name: tensor} of the newest whole file; both empty if there is none."""
+        for file in reversed(self.files()):
+            try:
+                with safe_open(file, "pt") as f:
+                    return f.metadata(), {name: f.get_tensor(name) for name in f.keys()}
+            except SafetensorError as e:
+                print(f"{file} is not whole ({e}): trying the one before it")
+                file.rename(file.with_suffix(".torn"))
+        return {}, {}
+
+    def __enter__(self):
+        def ask(number, frame):
+            self.asked = number
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in self.handlers:
+            signal.signal(number, ask)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+def flat(groups):
+    """{group: {name: tensor}} -> {"group.name": tensor}, and safetensors wants them contiguous."""
+    return {f"{group}.{name}": t.contiguous() for group, part in groups.items() for name, t in part.items()}
+
+
+def grouped(tensors):
+    """{"group.name": tensor} -> {group: {name: tensor}}"""
+    groups = defaultdict(dict)
+    for full_name, t in tensors.items():
+        group, _, name = full_name.partition(".")
+        groups[group][name] = t
+    return groups

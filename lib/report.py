@@ -1,0 +1,167 @@
+"""What a run says about itself: how large it is, where it ran, its log lines, tables and results. For train.py."""
+import csv
+import json
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from data import TASKS
+from lib.evaluate import flat
+from lib.files import save_safely
+from model import LOGIT_ROWS, molf_layers
+from molf import param_groups
+
+CSV_COLUMNS = ("date run task model data eval_data method rest score route top_k ranks alpha lr lora_lr epochs "
+               "batch_size seed rows train_seconds eval_rows eval_seconds").split()
+
+
+def csv_columns():
+    metrics = dict.fromkeys(name for task in TASKS.values() for name in task.report)
+    return CSV_COLUMNS + list(metrics)
+
+
+def refuse_other_columns(table):
+    """FileExistsError if results.csv was written by a version with other columns."""
+    if table.exists() and table.open().readline().strip() != ",".join(csv_columns()):
+        raise FileExistsError(f"{table} has other columns than this version writes: move it away")
+
+
+def provenance():
+    git = None
+    if shutil.which("git"):
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        git = result.stdout.strip()
+    return dict(argv=sys.argv, git=git, python=platform.python_version(),
+                gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+                torch=torch.__version__, threads=torch.get_num_threads(),
+                date=time.strftime("%Y-%m-%d %H:%M:%S"))
+
+
+def peak_memory(device):
+    """GB: of the GPU's allocator, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+def count_parameters(model):
+    """{"full": n, "lora 128": n, "rest": n, "frozen": n}: a folded weight is counted as its full expert."""
+    counts, seen = Counter(), set()
+    for _, layer in molf_layers(model):
+        for kind, _, params in layer.experts():
+            name = kind if kind == "full" else f"lora {len(params[0])}"
+            counts[name] += sum(p.numel() for p in params)
+            seen.update(params)
+        if layer.folded:
+            seen.add(layer.weight)
+    for p in model.parameters():
+        if p not in seen:
+            counts["rest" if p.requires_grad else "frozen"] += p.numel()
+    return dict(counts)
+
+
+def estimate_bytes(model, a, tokens):
+    """What training keeps on the device, by kind, with micro-batches of `tokens` tokens. Activations are
+    reckoned from what autograd saves of a block; the loss holds three fp32 copies of a piece of logits."""
+    c = model.config
+    trained = {p for g in param_groups(model) for p in g["params"]}
+    folded = {layer.weight: layer.full for _, layer in molf_layers(model) if layer.folded}
+    heads = c.head_dim * (2 * c.num_attention_heads + 4 * c.num_key_value_heads)
+    block = 12 * c.hidden_size + 3 * heads + 5 * c.intermediate_size
+    saved = c.num_hidden_layers * c.hidden_size + block if a.checkpointing else c.num_hidden_layers * block
+    # A folded layer's gradient is its full expert's: one full-size gradient, in the model's dtype.
+    with_gradient = (trained | set(folded)) - set(folded.values())
+    return {"weights": sum(p.numel() * p.element_size() for p in model.parameters()),
+            "gradients": sum(p.numel() * p.element_size() for p in with_gradient),
+            "moments and masters": sum(p.numel() * (8 + 4 * (p.element_size() < 4)) for p in trained),
+            "activations (estimate)": tokens * saved * getattr(torch, a.dtype).itemsize,
+            "logits (estimate)": 12 * min(tokens, LOGIT_ROWS) * c.vocab_size}
+
+
+def print_bytes(model, a, tokens):
+    sizes = estimate_bytes(model, a, tokens)
+    for kind, n in {**sizes, "peak (estimate)": sum(sizes.values())}.items():
+        print(f"  {kind:24s}{n / 1e9:9.3f} GB")
+
+
+def log_line(r, total):
+    """The record of a step as a line to read."""
+    lrs = "/".join(f"{lr:.1e}" for lr in r["lr"].values())
+    moved = "" if r["changed"] is None else f"changed {r['changed']:4.0%}  "
+    speed = f"{r['tok_per_s']:,.0f}" if r["tok_per_s"] else "-"
+    eta = int(r["eta_s"])
+    return (f"step {r['step']:4d}/{total}  loss {r['loss']:.4f}  lr {lrs}  norm {r['grad_norm']:.2f}  "
+            f"full {r['full_share']:4.0%}  {moved}{speed} tok/s  eta {eta // 60}:{eta % 60:02d}  "
+            f"{r['peak_gb']:.1f} GB")
+
+
+def first_share(gates, module_names):
+    """gates (steps, modules, experts) -> {"q_proj": mean gate of the first expert, ...}"""
+    kinds = {}
+    for i, name in enumerate(module_names):
+        kinds.setdefault(name.rpartition(".")[2], []).append(i)
+    return {kind: gates[:, i, 0].float().mean().item() for kind, i in kinds.items()}
+
+
+def sample(p):
+    """A prediction to read: on one line each, and quoted, for a model may write anything."""
+    return "\n".join([f"  prompt     ...{p['prompt'][-200:]!r}", f"  reference  {p['reference'][:200]!r}",
+                      f"  prediction {p['prediction'][:200]!r}"])
+
+
+def report(out, a, results, predictions, n_rows):
+    """predictions.jsonl, results.json, a line in results.csv beside the run; a table and samples to read.
+    results: "after" and perhaps "before" are results of lib.evaluate."""
+    after = results["after"]
+    flattened = results | {k: flat(results[k]) for k in ("before", "after") if k in results}
+    save_safely(out / "predictions.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
+    save_safely(out / "results.json", json.dumps(flattened, indent=2) + "\n")
+    add_to_table(out, a, results, len(predictions), n_rows)
+    step = len(predictions) // 3 or 1
+    print()
+    for p in predictions[::step][:3]:
+        print(sample(p))
+    print_metrics(results.get("before"), after)
+    if after["counts"].get("reference fails") == len(predictions):
+        first = predictions[0]["verdict"]["error"]
+        print(f"no reference ran, so nothing could be compared; the first: {first}")
+
+
+def add_to_table(out, a, results, eval_rows, n_rows):
+    """A line for results.csv."""
+    after = results["after"]
+    row = vars(a) | dict(date=time.strftime("%Y-%m-%d %H:%M:%S"), run=out.name, rows=n_rows,
+                         ranks=" ".join(map(str, a.ranks)), eval_rows=eval_rows,
+                         train_seconds=round(results.get("train_seconds", 0)),
+                         eval_seconds=round(after["seconds"], 1))
+    if a.eval_only:
+        row = {k: row[k] for k in ("date", "run", "task", "eval_data", "eval_rows", "eval_seconds")}
+        row |= {"method": "evaluation", "model": a.eval_only}
+    row |= {name: x["value"] for name, x in after["metrics"].items()}
+    with open(out.parent / "results.csv", "a", newline="") as f:
+        writer = csv.DictWriter(f, csv_columns(), extrasaction="ignore")
+        if f.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def print_metrics(before, after):
+    before = before or {"metrics": {}, "counts": {}}
+    print(f"\n{'':30s}{'before' if before['metrics'] else '':8s}   after   95 % interval        n")
+    for name, x in after["metrics"].items():
+        was = before["metrics"].get(name)
+        was = f"{was['value']:8.1%}" if was else " " * 8
+        print(f"{name:28s}{was}{x['value']:8.1%}   {x['low']:6.1%} to {x['high']:6.1%}{x['n']:7d}")
+    for name, n in after["counts"].items():
+        was = before["counts"].get(name, "")
+        if n or was:
+            print(f"# {name:26s}{was:8}{n:8d}")
+    print(f"evaluated in {after['seconds']:.1f} s")
