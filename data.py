@@ -39,7 +39,6 @@ KINDS = {       # what a field may be, see Task.fields
     "whole number or null": lambda x: x is None or type(x) is int,
     "list of strings": lambda x: isinstance(x, list) and all(isinstance(s, str) for s in x)}
 
-
 def read_rows(path):
     """Rows of a .json (a list, or lines), .jsonl, .jsonl.gz or .parquet file -> [(where, row)]. `where` is
     "FILE line N", or "FILE row N" in a parquet and a JSON list, which have no lines."""
@@ -67,7 +66,6 @@ def read_rows(path):
     except (ValueError, TypeError, OSError, EOFError, zlib.error) as e:
         raise ValueError(f"{where} cannot be read: {e}") from e
 
-
 def check_row(where, row, fields):
     """ValueError, with file, line and field, unless each field (a dotted path) is of its kind (see KINDS)."""
     for path, kind in fields.items():
@@ -80,7 +78,6 @@ def check_row(where, row, fields):
             raise ValueError(f"{where}: field {path} is missing; needed are {needed}; found: {found}")
         if not KINDS[kind](value):
             raise ValueError(f"{where}: field {path} is not a {kind}")
-
 
 def load_rows(name, split, source="hub", limit=None):
     """Rows of a task. split: "train" or "test"; source: "hub" (the official one), "toy", or a file.
@@ -102,7 +99,6 @@ def load_rows(name, split, source="hub", limit=None):
     rows = [row for _, row in task.usable(found)]
     return rows[:limit], len(found) - len(rows)
 
-
 # ----------------------------------------------------------------------------------------------------------
 # examples: one function makes a prompt's tokens, for training and evaluation alike
 
@@ -111,13 +107,11 @@ class Example(NamedTuple):
     n_prompt: int       # tokens of the prompt (with BOS); the rest is the target, the only part with a loss
     row: int            # place of its row in the data, to name it in messages
 
-
 class Question(NamedTuple):
     """What evaluation puts to a model: a prompt to continue, and answers to score."""
     row: dict
     prompt: list        # token ids, with BOS
     examples: list      # Example of each prompt and answer that the task scores, see Task.queries
-
 
 class Scored(NamedTuple):
     logprobs: list      # log-probability of each target token (the last is the EOS)
@@ -125,12 +119,10 @@ class Scored(NamedTuple):
     greedy: int         # the most probable token in its place
     choices: list       # log-probabilities there of the first tokens of Task.choices
 
-
 def encode_prompt(tokenizer, prompt):
     """BOS, where the family has one (Gemma: exactly one, or the loss doubles; Qwen: none), and the prompt."""
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     return bos + tokenizer.encode(prompt)
-
 
 def encode(tokenizer, prompt, target, row=-1):
     """-> Example. The target is encoded by itself, so its tokens never depend on the prompt's end."""
@@ -139,20 +131,17 @@ def encode(tokenizer, prompt, target, row=-1):
         raise ValueError(f"row {row}: an empty prompt, which nothing can be predicted from")
     return Example(head + tokenizer.encode(target) + [tokenizer.eos_id], len(head), row)
 
-
 def ask(tokenizer, task, row, i=-1):
     """-> Question. Its prompt has the very tokens that training sees before the target."""
     prompt, _ = task.pair(row)
     return Question(row, encode_prompt(tokenizer, prompt),
                     [encode(tokenizer, *query, row=i) for query in task.queries(row)])
 
-
 class Rows(NamedTuple):
     examples: list          # to train on
     held_out: list          # [(Example, Question)] to evaluate on during training
     questions: list         # [Question] to evaluate on before and after
     skipped: Counter        # {which: how many rows}
-
 
 def encodable(what, numbered, make, skipped):
     """{i: row} -> [make(i, row)]. Rows that the tokenizer cannot encode are counted in `skipped`."""
@@ -166,7 +155,6 @@ def encodable(what, numbered, make, skipped):
                 print(f"{what} row {i} is skipped: {e}")
             skipped[why] += 1
     return made
-
 
 def read_training(a, tokenizer, skipped):
     """-> examples, held_out of Rows."""
@@ -188,7 +176,6 @@ def read_training(a, tokenizer, skipped):
                          f"{len(every)} longer than --max-length {a.max_length}")
     return examples, held_out
 
-
 def read_data(a, tokenizer):
     """a: the flags -> Rows. Says how many rows were left out, and why; none is cut."""
     task = TASKS[a.task]
@@ -205,7 +192,6 @@ def read_data(a, tokenizer):
         print(f"skipped {n} {what}")
     return Rows(examples, held_out, questions, skipped)
 
-
 # ----------------------------------------------------------------------------------------------------------
 # batches: the examples of a step, in micro-batches, on the device
 
@@ -214,21 +200,17 @@ def order_of(n, seed, epoch):
     """The order of n examples in an epoch depends on the seed and the epoch alone."""
     return random.Random(f"{seed} {epoch}").sample(range(n), n)
 
-
 def batch_of(step, examples, a):
     """The examples of an optimizer step; the last batch of an epoch may be smaller."""
     epoch, i = divmod(step, math.ceil(len(examples) / a.batch_size))
     order = order_of(len(examples), a.seed, epoch)
     return [examples[j] for j in order[i * a.batch_size:(i + 1) * a.batch_size]]
 
-
 def count_tokens(examples):
     return sum(len(e.ids) for e in examples)
 
-
 def count_targets(examples):
     return sum(len(e.ids) - e.n_prompt for e in examples)
-
 
 def micro_batches(examples, max_tokens):
     """Cut a list of examples, in order, into lists of at most max_tokens tokens (or one longer example)."""
@@ -242,7 +224,6 @@ def micro_batches(examples, max_tokens):
     if batch:
         yield batch
 
-
 def pack(examples):
     """Examples end to end, no padding -> ids (N), lengths (S), where (M), labels (M), as lists: the token at
     where[i] predicts labels[i]. Prompts carry no loss."""
@@ -253,7 +234,6 @@ def pack(examples):
         ids += e.ids
         lengths.append(len(e.ids))
     return ids, lengths, where, labels
-
 
 def to_device(examples, device, size=None):
     """-> ids (N,), layout, where (M,), labels (M,): the arguments of Transformer.loss. size: pad them to so
@@ -270,7 +250,6 @@ def to_device(examples, device, size=None):
     tensor = lambda x: on_device(torch.tensor(x), device)
     return tensor(ids), Packed(lengths, device, longest), tensor(where), tensor(labels)
 
-
 # ----------------------------------------------------------------------------------------------------------
 # the tasks
 
@@ -280,25 +259,21 @@ class Verdict(NamedTuple):
     counts: dict                # name -> bool; evaluation takes the sum
     error: str | None = None    # what went wrong, or ""; None in a task where nothing can
 
-
 def fact_usable(rows):
     for where, row in rows:
         if "{}" not in row["requested_rewrite"]["prompt"]:
             raise ValueError(f"{where}: field requested_rewrite.prompt has no {{}} for the subject")
     return rows
 
-
 def fact_pair(row):
     r = row["requested_rewrite"]
     return r["prompt"].replace("{}", r["subject"]), " " + r["target_new"]["str"]
-
 
 def fact_queries(row):
     """Each prompt with the new and with the true answer: the rewrite prompt, paraphrases, neighbourhood."""
     r = row["requested_rewrite"]
     prompts = [fact_pair(row)[0]] + row["paraphrase_prompts"] + row["neighborhood_prompts"]
     return [(p, " " + r[t]["str"]) for p in prompts for t in ("target_new", "target_true")]
-
 
 def fact_metrics(row, scored, text):
     """CounterFact (Meng et al. 2022, arXiv 2202.05262): ES, PS, NS, the shares of rewrite, paraphrase and
@@ -322,9 +297,7 @@ def fact_metrics(row, scored, text):
     metrics |= {"accuracy": float(text == wanted), "recalls true": float(text == truth)}
     return Verdict(metrics, kinds={}, counts={})
 
-
 MED_CHOICES = " A", " B", " C", " D"
-
 
 def med_usable(rows):
     """Rows that have an answer, with cop as 0 to 3 (the hub's). The older JSON's 1 to 4 shows by its 4s."""
@@ -339,12 +312,10 @@ def med_usable(rows):
                          f"whether it counts the options from 0 (some row must have 0) or from 1 (some 4)")
     return [(where, row | {"cop": row["cop"] - (4 in found)}) for where, row in kept]
 
-
 def med_pair(row):
     options = "".join(f"{letter}) {row['op' + letter.lower()]}\n" for letter in "ABCD")
     return (f"Answer the medical question with the letter of the right option.\n\n"
             f"Question: {row['question']}\n{options}Answer:", MED_CHOICES[row["cop"]])
-
 
 def med_metrics(row, scored, text):
     """MedMCQA (Pal et al. 2022, arXiv 2203.14371). The answer is the greedy next token; what is no letter is
@@ -354,22 +325,18 @@ def med_metrics(row, scored, text):
                "accuracy among A-D": float(letters.index(max(letters)) == right)}
     return Verdict(metrics, kinds={}, counts={"no letter": text not in MED_CHOICES})
 
-
 def sql_usable(rows):
     """Rows that have a query."""
     return [(where, row) for where, row in rows if (row["sql"] or "").strip()]
-
 
 def sql_pair(row):
     return (f"Write the SQL query that answers the question.\n\nQuestion: {row['sql_prompt']}\n"
             f"Tables: {row['sql_context']}\nSQL:", " " + row["sql"])
 
-
 def exact_match(a, b):
     """The same tokens: spacing, comments, letter case outside quotes and closing semicolons do not count."""
     first, second = (" ".join(sql_tokens(sql)).rstrip("; ") for sql in (a, b))
     return first == second
-
 
 def sql_metrics(rows, scored, texts):
     """Execution accuracy over the rows whose reference runs, also where it finds or changes something, and by
@@ -395,7 +362,6 @@ def sql_metrics(rows, scored, texts):
         verdicts[i] = v._replace(error=v.error or ran["error"] or "")
     return verdicts
 
-
 class Task(NamedTuple):
     source: str         # the official one: a repository on the hub, or an address
     splits: dict        # "train", "test" -> its name of the rows to train and to evaluate on
@@ -411,7 +377,6 @@ class Task(NamedTuple):
     toy_epochs: int
     epochs: int = 2     # the paper's
     tests_training_rows: bool = False       # is it evaluated on the rows that train?
-
 
 TOY_ROWS = {"train": 600, "validation": 200, "test": 200}       # of med and sql; there are 320 facts
 TASKS = {

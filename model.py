@@ -56,7 +56,6 @@ GEMMA = dict(vocab_size=262208, num_attention_heads=8, num_key_value_heads=4, he
 COPIED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
           "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings")
 
-
 @dataclass
 class Config:
     gemma: bool                     # Gemma-3's blocks, or else Qwen2's
@@ -113,7 +112,6 @@ class Config:
                    dtype=getattr(torch, raw.get("dtype") or raw.get("torch_dtype") or "float32"),
                    **{k: raw[k] for k in COPIED})
 
-
 def rope_of(raw, layer_type, gemma):
     """(theta, factor) of a layer type. New files: rope_parameters, in Gemma one for each layer type. Old:
     rope_theta and rope_scaling, which in Gemma speak of the global layers only."""
@@ -129,7 +127,6 @@ def rope_of(raw, layer_type, gemma):
                          f"config.json to run the model unscaled")
     return params["rope_theta"], params["factor"] if kind == "linear" else 1.0
 
-
 # ------------------------------------------------------------------------------------------------------------
 # Who attends to whom. A layout has pos (N,), the position of each token in its sequence, and
 # attend(q, k, v, layer). It is a Packed row, or a KVCache while text is generated.
@@ -139,7 +136,6 @@ def on_device(x, device):
     if torch.device(device).type == "cuda":
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
-
 
 class Packed:
     """S sequences end to end in one row of N tokens. A token sees its own sequence, up to itself.
@@ -177,7 +173,6 @@ class Packed:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
         return y.transpose(1, 2)[self.seq, self.pos]
 
-
 class KVCache:
     """Keys and values of B sequences of any lengths. First come their packed prompts, then one token each."""
 
@@ -210,7 +205,6 @@ class KVCache:
         y = F.scaled_dot_product_attention(q, keys, values, mask[:, None, None], scale=layer.scale)
         return y.flatten(1, 2)
 
-
 # ------------------------------------------------------------------------------------------------------------
 # the model
 
@@ -230,12 +224,10 @@ class RMSNorm(nn.Module):
             return (y * (1 + self.weight.float())).to(x.dtype)
         return self.weight * y.to(x.dtype)
 
-
 def rotate(x, cos, sin):
     """RoPE on x (N, heads, D). Pairs are (i, i + D/2), Hugging Face's order. cos and sin are (N, 1, D/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
 
 class Attention(nn.Module):
     def __init__(self, c, layer):
@@ -267,7 +259,6 @@ class Attention(nn.Module):
         y = layout.attend(rotate(q, *rope), rotate(k, *rope), v, self)
         return self.o_proj(y.flatten(1))
 
-
 class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -280,7 +271,6 @@ class MLP(nn.Module):
         gate = self.gate_proj(x)
         gate = F.gelu(gate, approximate="tanh") if self.gemma else F.silu(gate)
         return self.down_proj(gate * self.up_proj(x))
-
 
 class Block(nn.Module):
     def __init__(self, c, layer):
@@ -302,11 +292,9 @@ class Block(nn.Module):
         x = x + y           # here post_attention_layernorm is, despite its name, the norm before the MLP
         return x + self.mlp(self.post_attention_layernorm(x))
 
-
 def cross_entropy(head, x, labels):
     """head (V, C), x (M, C), labels (M,) -> 0-d: the sum, in fp32. A label of -100 counts for nothing."""
     return F.cross_entropy(F.linear(x, head).float(), labels, reduction="sum")
-
 
 class Transformer(nn.Module):
     """model(ids (B, T)) -> logits (B, T, V). `hidden` and `loss` take packed rows."""
@@ -478,7 +466,6 @@ class Transformer(nn.Module):
         save_safely(weights, lambda path: save_file(state, path, {"format": "pt"}))
         save_safely(directory / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
-
 # ------------------------------------------------------------------------------------------------------------
 # MoLF: the experts of a linear layer
 
@@ -550,11 +537,9 @@ class MoLFLinear(nn.Linear):
             x = F.dropout(x, self.dropout, self.training)
         return y + F.linear(F.linear(x, a), b)
 
-
 def molf_layers(model):
     """-> [(name, MoLFLinear)]"""
     return [(name, m) for name, m in model.named_modules() if isinstance(m, MoLFLinear)]
-
 
 def add_experts(model, ranks=(128,), alpha=32, full=True, dropout=0.0, targets=TARGETS, train_rest=None):
     """Put experts into every nn.Linear of `model`, any nn.Module, whose last name is one of `targets`.
@@ -581,22 +566,18 @@ def add_experts(model, ranks=(128,), alpha=32, full=True, dropout=0.0, targets=T
         raise ValueError(f"the model has no nn.Linear named {', '.join(targets)}: give its names as targets")
     return layers
 
-
 # lib/fast.py compiles lora_gradients and fold_layer, and runs the two loops on several CUDA streams.
 
 spread = iter
-
 
 def scaled_mm(s, x, y):
     """s x y. addmm's alpha scales the fp32 sum before it is rounded, and saves a pass. beta = 0 drops the
     first argument."""
     return torch.addmm(x[0, 0], x, y, beta=0, alpha=s)
 
-
 def lora_gradients(G, s, A, B):
     """G (out, in), A (r, in), B (out, r) -> dL/dA = s B^T G (r, in), dL/dB = s G A^T (out, r), in G's dtype"""
     return scaled_mm(s, B.T, G), scaled_mm(s, G, A.T)
-
 
 def fold_layer(weight, full, scales, A, B):
     """weight <- W + sum s B A, in place. B A is computed in the weight's dtype, then added to W in fp32. Its
@@ -605,7 +586,6 @@ def fold_layer(weight, full, scales, A, B):
     for s, a, b in zip(scales, A, B):
         total = total + s * (b @ a).to(full.dtype)
     weight.copy_(total)
-
 
 @torch.no_grad()
 def unfold(model):
@@ -620,7 +600,6 @@ def unfold(model):
         for s, a, b in zip(layer.scales, layer.A, layer.B):
             a.grad, b.grad = lora_gradients(G, s, a.detach(), b.detach())
 
-
 @torch.no_grad()
 def fold(model):
     """weight <- W + sum s B A. Call it after the optimizer's step."""
@@ -628,7 +607,6 @@ def fold(model):
         A = [a.detach() for a in layer.A]
         B = [b.detach() for b in layer.B]
         fold_layer(layer.weight.detach(), layer.full.detach(), layer.scales, A, B)
-
 
 # ------------------------------------------------------------------------------------------------------------
 # checkpoints in Hugging Face format
@@ -641,7 +619,6 @@ def read_config(directory):
         return Config.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, AttributeError, KeyError, ArithmeticError) as e:
         raise ValueError(f"{path}: {e}") from e
-
 
 def load_weights(model, directory, dtype, device):
     """Fill a model on the meta device from safetensors; every tensor is accounted for. Of a multimodal
@@ -674,7 +651,6 @@ def load_weights(model, directory, dtype, device):
                              f"the weights belong together?")
     model.load_state_dict(got, assign=True)
 
-
 def main(argv):
     from data import Tokenizer, encode_prompt
     try:
@@ -691,7 +667,6 @@ def main(argv):
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
     print(prompt + tokenizer.decode(new))
-
 
 if __name__ == "__main__":
     main(sys.argv[1:])

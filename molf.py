@@ -25,7 +25,8 @@ from typing import NamedTuple
 
 import torch
 
-LR, DECAY, STEP_SIZE, CORRECTION, T = range(5)      # the columns of MoLFAdamW.rates
+# The columns of MoLFAdamW.rates: lr, 1 - lr wd, lr / (1 - b1^t), sqrt(1 - b2^t), t
+LR, DECAY, STEP_SIZE, CORRECTION, T = range(5)
 
 # ------------------------------------------------------------------------------------------------------------
 # ROUTING RULES: EDIT HERE. A rule scores one expert at one step and returns a 0-d tensor. To try your own,
@@ -65,12 +66,10 @@ class Expert(NamedTuple):
         """What AdamW would add to each parameter now, with bias correction and weight decay: a list."""
         return [adamw(self, w, m, v) - w for w, m, v in zip(self.w, self.m, self.v)]
 
-
 def total(tensors):
     """The sum of all entries, 0-d. Row sums come first: then the compiler fuses them into one read."""
     rows = [torch.atleast_2d(x).sum(dim=-1) for x in tensors]
     return torch.cat(rows).sum()
-
 
 def epd(e):
     """Expected parameter-wise descent, the paper's rule: S = lr/N sum m^2 / (sqrt(v) + eps).
@@ -79,18 +78,15 @@ def epd(e):
     descent = [m.square() / (v.sqrt() + e.eps) for m, v in zip(e.m, e.v)]
     return e.lr / e.numel * total(descent)
 
-
 def pfn(e):
     """Preconditioned first-moment norm, the paper's scale-free ablation: S = rms of m / (sqrt(v) + eps)."""
     square = [(m / (v.sqrt() + e.eps)).square() for m, v in zip(e.m, e.v)]
     return (total(square) / e.numel).sqrt()
 
-
 def snr(e):
     """Signal-to-noise ratio: S = sum m^2 / sum v. It depends on neither shapes nor learning rates."""
     signal = total(m.square() for m in e.m)
     return signal / (total(e.v) + 1e-30)
-
 
 def align(e):
     """Does the step learnt from earlier batches help on this one, per unit that it moves W_eff?
@@ -109,25 +105,26 @@ def align(e):
         square = e.scale ** 2 * (first + last + 2 * mixed).sum()
     return gain / (square.clamp_min(0).sqrt() + 1e-30)
 
-
 def always_full(e):
     """Control: the full expert moves at every step."""
     return torch.full_like(e.lr, e.kind == "full")
-
 
 def always_lora(e):
     """Control: LoRA moves at every step. Unlike plain LoRA, the embedding and the norms train as well."""
     return torch.full_like(e.lr, e.kind == "lora")
 
-
 def coin(e):
     """Control: a random winner."""
     return torch.rand_like(e.lr)
 
-
 SCORES = {
-    "epd": epd, "pfn": pfn, "snr": snr, "align": align,
-    "always_full": always_full, "always_lora": always_lora, "random": coin,
+    "epd": epd,
+    "pfn": pfn,
+    "snr": snr,
+    "align": align,
+    "always_full": always_full,
+    "always_lora": always_lora,
+    "random": coin,
 }
 
 # A route turns the scores of a step into gates. An expert moves with gate x lr: 0 keeps its bits, 1 is AdamW.
@@ -140,7 +137,6 @@ def topk(scores, gates, step, top_k):
     order = scores.argsort(dim=-1, descending=True, stable=True)
     return torch.zeros_like(scores).scatter(-1, order[:, :top_k], 1.0)
 
-
 def softmax(scores, gates, step, top_k, temperature=0.2):
     """All experts move, the better ones more. Scores are first divided by the largest of their module.
     So the gates don't soften while the learning rate, a factor of EPD, decays."""
@@ -148,13 +144,11 @@ def softmax(scores, gates, step, top_k, temperature=0.2):
     share = scores / largest.clamp_min(1e-30)
     return (top_k * (share / temperature).softmax(dim=-1)).clamp_max(1)
 
-
 def sticky(scores, gates, step, top_k, every=10):
     """topk, decided again every 10 steps only. A module that did not move at the last step decides now."""
     idle = gates.sum(dim=-1, keepdim=True) == 0
     decide = idle | (step % every == 0)
     return torch.where(decide, topk(scores, gates, step, top_k), gates)
-
 
 ROUTES = {"topk": topk, "softmax": softmax, "sticky": sticky}
 
@@ -165,17 +159,14 @@ ROUTES = {"topk": topk, "softmax": softmax, "sticky": sticky}
 
 spread = iter
 
-
 def adam_moments(g, m, v, beta1, beta2):
     """-> the moments after gradient g; m and v stay as they are."""
     return torch.lerp(m, g, 1 - beta1), torch.addcmul(v * beta2, g, g, value=1 - beta2)
-
 
 def adamw(e, w, m, v):
     """-> w after AdamW's step. The bias of a full expert does not decay."""
     decay = 1.0 if e.kind == "full" and w.dim() == 1 else e.rates[DECAY]
     return w * decay - e.rates[STEP_SIZE] * m / (v.sqrt() / e.rates[CORRECTION] + e.eps)
-
 
 def observe(e, clip):
     """-> expert e as its gradient, times clip, makes it: with new moments. Nothing is written yet."""
@@ -183,12 +174,10 @@ def observe(e, clip):
     moments = [adam_moments(*x, *e.betas) for x in zip(g, e.m_before, e.v_before)]
     return e._replace(g=g, m=[m for m, _ in moments], v=[v for _, v in moments])
 
-
 def keep_moments(e, ok):
     """Write the new moments over the old ones, where ok (a 0-d bool)."""
     for old, new in zip(e.m_before + e.v_before, e.m + e.v):
         old.copy_(torch.where(ok, new, old))
-
 
 def observe_and_score(score, e, clip, ok):
     """The first pass over an expert that has rivals. -> its score"""
@@ -196,7 +185,6 @@ def observe_and_score(score, e, clip, ok):
     value = score(e)
     keep_moments(e, ok)
     return value
-
 
 def move(e, gate):
     """The AdamW step times gate (0-d), in place. Gate 0 keeps every bit, gate 1 is the whole step exactly."""
@@ -206,13 +194,11 @@ def move(e, gate):
         if p is not w:
             p.copy_(w)
 
-
 def observe_and_move(e, clip, ok):
     """Plain AdamW in one pass, for what has no rival."""
     e = observe(e, clip)
     move(e, ok.float())
     keep_moments(e, ok)
-
 
 class MoLFAdamW(torch.optim.Optimizer):
     """AdamW with routing. `groups` come from `param_groups`: one for each expert, and groups of kind "rest",
@@ -227,9 +213,11 @@ class MoLFAdamW(torch.optim.Optimizer):
                  score=epd, route=topk, top_k=1):
         groups = [dict(group) for group in groups]
         self.weights = [group.pop("weight", None) for group in groups]      # not for state_dict()
-        super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
-                                      kind="rest", module="", expert=0, scale=1.0, t=0))
-        self.score, self.route, self.top_k = score, route, top_k
+        routing = dict(kind="rest", module="", expert=0, scale=1.0, t=0)
+        super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **routing))
+        self.score = score
+        self.route = route
+        self.top_k = top_k
         modules = {}                                    # name -> indices of its experts' groups
         for i, group in enumerate(self.param_groups):
             if group["kind"] != "rest":
@@ -240,19 +228,18 @@ class MoLFAdamW(torch.optim.Optimizer):
                 if p.dtype != torch.float32:
                     self.state[p]["master"] = p.detach().float()
         self.module_names = list(modules)
-        counts = {len(experts) for experts in modules.values()} or {1}
-        if len(counts) > 1:
+        n = max((len(experts) for experts in modules.values()), default=1)
+        if any(len(experts) != n for experts in modules.values()):
             raise ValueError("every module needs the same number of experts")
-        n = counts.pop()
         if not 1 <= top_k <= n:
             raise ValueError(f"top_k is {top_k}, but a module has {n} expert{'s' * (n > 1)}: give 1 to {n}")
         self.experts = sum(modules.values(), [])
         self.routed = self.experts if n > 1 else []     # with one expert there is nothing to route
         self.alone = sorted(set(range(len(groups))) - set(self.routed))
-        device = self.param_groups[0]["params"][0].device
-        self.scores = torch.zeros(len(modules), n, device=device)
+        p = self.param_groups[0]["params"][0]
+        self.scores = torch.zeros(len(modules), n, device=p.device)
         self.gates = torch.full_like(self.scores, n == 1)
-        self.steps = torch.zeros((), dtype=torch.long, device=device)
+        self.steps = torch.zeros((), dtype=torch.long, device=p.device)
 
     @property
     def winners(self):
@@ -260,7 +247,10 @@ class MoLFAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None, clip=1.0, ok=None):
-        loss = None if closure is None else torch.enable_grad()(closure)()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         check = ok is None
         if ok is None:
             ok = torch.ones_like(self.steps, dtype=torch.bool)
@@ -269,8 +259,8 @@ class MoLFAdamW(torch.optim.Optimizer):
             scores = [self.score_expert(i, rates[i], clip, ok, check) for i in spread(self.routed)]
             self.scores.copy_(torch.stack(scores).view_as(self.scores))
             gates = self.route(self.scores, self.gates, self.steps, self.top_k)
-            moves = ok & ~self.scores.isnan().any(dim=-1, keepdim=True)
-            self.gates.copy_(torch.where(moves, gates, 0.0))
+            idle = self.scores.isnan().any(dim=-1, keepdim=True)            # (modules, 1): no gradient
+            self.gates.copy_(torch.where(ok & ~idle, gates, 0.0))
             for i, gate in spread(zip(self.routed, self.gates.flatten())):
                 move(self.expert(i, rates[i]), gate)
         for i in spread(self.alone):
@@ -297,12 +287,23 @@ class MoLFAdamW(torch.optim.Optimizer):
         params = [p for p in group["params"] if p.grad is not None]
         state = [self.state[p] for p in params]
         p = [x.detach() for x in params]
-        w = [s.get("master", x) for s, x in zip(state, p)]
-        g = [x.grad for x in params]
         m = [s["exp_avg"] for s in state]
         v = [s["exp_avg_sq"] for s in state]
-        return Expert(group["kind"], p, w, g, m, v, m, v, self.weights[i], rates,
-                      group["betas"], group["eps"], group["scale"])
+        return Expert(
+            kind=group["kind"],
+            p=p,
+            w=[s.get("master", x) for s, x in zip(state, p)],
+            g=[x.grad for x in params],
+            m=m,
+            v=v,
+            m_before=m,
+            v_before=v,
+            weight=self.weights[i],
+            rates=rates,
+            betas=group["betas"],
+            eps=group["eps"],
+            scale=group["scale"],
+        )
 
     def groups_with_gradient(self):
         """-> a bool for each group"""
@@ -312,15 +313,18 @@ class MoLFAdamW(torch.optim.Optimizer):
         return [any(p.grad is not None for p in group["params"]) for group in self.param_groups]
 
     def rates(self, seen):
-        """Count the gradients of the groups that have one. -> (groups, 5), fp32: lr, 1 - lr wd,
-        lr / (1 - b1^t), sqrt(1 - b2^t), t. Reckoned in double precision on the host, copied without waiting."""
+        """Count a gradient for the groups where seen. -> (groups, 5), fp32 on the device: the numbers of this
+        step, computed in double precision on the host"""
         table = []
         for group, new in zip(self.param_groups, seen):
             group["t"] += new
-            lr, t = float(group["lr"]), max(group["t"], 1)
+            t = max(group["t"], 1)
+            lr = float(group["lr"])
             beta1, beta2 = group["betas"]
             decay = 1 - lr * group["weight_decay"]
-            table.append((lr, decay, lr / (1 - beta1 ** t), (1 - beta2 ** t) ** 0.5, t))
+            step_size = lr / (1 - beta1 ** t)
+            correction = (1 - beta2 ** t) ** 0.5
+            table.append((lr, decay, step_size, correction, t))
         rates = torch.tensor(table)
         if self.gates.is_cuda:
             return rates.pin_memory().to(self.gates.device, non_blocking=True)
@@ -342,7 +346,6 @@ class MoLFAdamW(torch.optim.Optimizer):
         self.gates.copy_(state_dict["routing"]["gates"])
         self.steps.copy_(state_dict["routing"]["step"])
 
-
 def param_groups(model, lr=5e-5, lora_lr=5e-5, weight_decay=0.1, lora_weight_decay=0.01):
     """Groups for MoLFAdamW: one for each expert of each MoLFLinear, then one for each other trainable
     parameter, with the full expert's lr. Vectors (norms, biases) do not decay."""
@@ -355,8 +358,15 @@ def param_groups(model, lr=5e-5, lora_lr=5e-5, weight_decay=0.1, lora_weight_dec
         for i, (kind, scale, params) in enumerate(layer.experts()):
             full = kind == "full"
             groups.append(dict(
-                params=params, kind=kind, module=name, expert=i, scale=scale, weight=layer.weight.detach(),
-                lr=lr if full else lora_lr, weight_decay=weight_decay if full else lora_weight_decay))
+                params=params,
+                kind=kind,
+                module=name,
+                expert=i,
+                scale=scale,
+                weight=layer.weight.detach(),
+                lr=lr if full else lora_lr,
+                weight_decay=weight_decay if full else lora_weight_decay,
+            ))
     routed = {p for group in groups for p in group["params"]}
     trainable = [p for p in model.parameters() if p.requires_grad and p not in derived]
     for p in trainable:
@@ -367,7 +377,6 @@ def param_groups(model, lr=5e-5, lora_lr=5e-5, weight_decay=0.1, lora_weight_dec
     assert len(grouped) == len(set(grouped)) and set(grouped) == set(trainable), \
         "a trainable parameter is in two groups, or in none"
     return groups
-
 
 if __name__ == "__main__":
     from lib.demo import demo

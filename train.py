@@ -49,7 +49,6 @@ OF_THIS_CALL = "out", "overwrite", "resume", "dry_run"                      # sa
 MAY_CHANGE = OF_THIS_CALL + ("log_every", "save_every", "keep", "device", "eager", "max_tokens")
 EVALUATION_FLAGS = "task", "data", "eval_data", "limit", "eval_limit", "dtype", "max_tokens"
 
-
 def make_parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
@@ -103,13 +102,11 @@ def make_parser():
     add("--dry-run", action="store_true", help="print counts, bytes by kind, number of steps; then stop")
     return p
 
-
 def parse(p, argv):
     a = p.parse_args(argv)
     if Path(a.model).resolve() == Path(__file__).resolve().parent / "toy":
         a.model = "toy"
     return a
-
 
 def parse_args(argv=None):
     """-> all flags, with the defaults of the run. Wrong usage exits with code 2."""
@@ -129,7 +126,6 @@ def parse_args(argv=None):
         a.out = f"runs/{'-'.join(name)}-{hashlib.sha256(repr(what).encode()).hexdigest()[:8]}"
     return a
 
-
 def flags_of_the_evaluated(p, a, argv):
     """--eval-only: the flags of the run that is evaluated are the defaults."""
     folder = Path(a.eval_only)
@@ -147,7 +143,6 @@ def flags_of_the_evaluated(p, a, argv):
     a.model = a.eval_only
     return a
 
-
 def flags_of_the_resumed(p, a, argv):
     """--resume: the flags of the run are the defaults, and most of them must stay as they were."""
     if not a.out:
@@ -160,7 +155,6 @@ def flags_of_the_resumed(p, a, argv):
         names = ", ".join(f"--{k.replace('_', '-')}" for k in changed)
         p.error(f"--resume goes on with the flags of {a.out}, so {names} must stay as they were")
     return a
-
 
 def set_defaults(p, a):
     """Fill in what depends on the model, the task and the method."""
@@ -179,7 +173,6 @@ def set_defaults(p, a):
     for key, value in defaults.items():
         if getattr(a, key) is None:
             setattr(a, key, value)
-
 
 def refuse_nonsense(p, a):
     experts = (a.method in ("fft", "molf")) + len(a.ranks)
@@ -205,7 +198,6 @@ def refuse_nonsense(p, a):
     except (RuntimeError, AssertionError) as e:
         p.error(f"--device {a.device}: {str(e).splitlines()[0]}")
 
-
 # ------------------------------------------------------------------------------------------------------------
 # one optimizer step
 
@@ -217,7 +209,6 @@ def grad_norm(optimizer):
     for part in molf.spread([grads[i::4] for i in range(4)]):
         norms += torch._foreach_norm(part, dtype=torch.float32)
     return torch.stack(norms).norm()
-
 
 def train_step(model, optimizer, micros, n_targets, max_norm, ok):
     """One step on the micro-batches of a batch with n_targets target tokens. -> its loss and gradient norm,
@@ -237,7 +228,6 @@ def train_step(model, optimizer, micros, n_targets, max_norm, ok):
     fold(model)                                         # the new sum of the experts -> the layer's weight
     return loss, norm
 
-
 # ------------------------------------------------------------------------------------------------------------
 # the loop
 
@@ -247,7 +237,6 @@ def lr_factor(step, total, warmup):
     if step < n:
         return (step + 1) / n
     return 0.5 * (1 + math.cos(math.pi * (step - n) / max(1, total - n)))
-
 
 def make_step(model, optimizer, batches, a):
     """-> step(batch), which trains on a list of examples and returns loss and gradient norm."""
@@ -263,7 +252,6 @@ def make_step(model, optimizer, batches, a):
     if device.type == "cuda" and not a.eager:
         return FastStep(step, model, optimizer, batches, a.max_tokens, a.batch_size)
     return plain
-
 
 def train(model, optimizer, examples, a, log=print, held_out=None, checkpoints=None, start=None):
     """Train `model` on `examples` with the flags `a`. Call log(line, record) every a.log_every steps, and
@@ -325,14 +313,12 @@ def train(model, optimizer, examples, a, log=print, held_out=None, checkpoints=N
     model.eval()
     return joined(parts)
 
-
 def share_changed(before, after):
     """Lists of tensors -> the share of their entries that differ; None of no tensors, as on a frozen base."""
     if not before:
         return None
     changed = sum((new != old).sum() for new, old in zip(after, before))
     return changed.item() / sum(t.numel() for t in before)
-
 
 def joined(parts):
     history = {name: torch.cat([part[name] for part in parts]) for name in ("gates", "scores")}
@@ -341,12 +327,10 @@ def joined(parts):
         history["gates"] = gates.bool()
     return history
 
-
 def warn_of_guessing(loss, vocab_size):
     if abs(loss / math.log(vocab_size) - 1) < 0.05:
         print(f"warning: the first loss is near ln({vocab_size}), as if by guessing: do the weights, the "
               f"tokenizer and the config belong together?")
-
 
 def stop_if_not_finite(last, losses, norms, examples, a):
     """losses and norms (n,) of the n steps up to `last`: raise if one is not finite, and name its rows. From
@@ -359,7 +343,6 @@ def stop_if_not_finite(last, losses, norms, examples, a):
     rows = ", ".join(str(e.row) for e in batch_of(step, examples, a))
     raise FloatingPointError(f"stopped at step {step + 1}: loss {losses[i].item()}, gradient norm "
                              f"{norms[i].item()}; lower --lr and --lora-lr, or look at rows {rows}")
-
 
 # ------------------------------------------------------------------------------------------------------------
 # the run
@@ -394,7 +377,6 @@ def main(argv=None):
     except OSError as e:
         sys.exit(f"error: {e}")
 
-
 def refuse_to_replace(out, a):
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"--out {out} is a file")
@@ -406,14 +388,12 @@ def refuse_to_replace(out, a):
     if of_no_run or a.eval_only and (out / "model").exists():
         raise FileExistsError(f"--out {out} holds a model: give another")
 
-
 def dry_run(config, rows, a):
     with torch.device("meta"):
         model = Transformer(config).to(getattr(torch, a.dtype))
     steps = prepare(model, rows, a)["steps"]
     longest = max(count_tokens(batch_of(i, rows.examples, a)) for i in range(steps // a.epochs))
     print_bytes(model, a, min(longest, a.max_tokens))
-
 
 def prepare(model, rows, a):
     """Put the experts in, and say what there is to do."""
@@ -425,7 +405,6 @@ def prepare(model, rows, a):
     print(f"{a.method} on {a.model}, task {a.task}: {len(rows.examples)} rows, {steps} steps, seed {a.seed}\n"
           "parameters: " + ", ".join(f"{kind} {n:,}" for kind, n in counts.items()))
     return dict(parameters=counts, steps=steps, rows=len(rows.examples))
-
 
 def run(model, tokenizer, rows, a, out):
     """Evaluate, train, evaluate, export: all that a run leaves is written here, into its directory `out`."""
@@ -466,13 +445,13 @@ def run(model, tokenizer, rows, a, out):
     if history["gates"].shape[-1] > 1:
         first = "full" if a.method == "molf" else f"rank-{a.ranks[0]}"
         shares = first_share(history["gates"], module_names)
-        print(f"\nsteps won by the {first} expert:  "
+        what = "steps won by" if history["gates"].dtype == torch.bool else "mean gate of"
+        print(f"\n{what} the {first} expert:  "
               + "  ".join(f"{kind} {share:.0%}" for kind, share in shares.items()))
     print(f"\nmodel: {out / 'model'}   loss of a batch, trained {losses['trained']:.6f}, exported "
           f"{losses['exported']:.6f}")
     if losses["exported"] > 1.05 * losses["trained"]:
         print("bf16 has rounded away a part of what was learnt: --export-dtype fp32 keeps it")
-
 
 def train_with_checkpoints(model, optimizer, tokenizer, rows, a, out):
     """train(), from the newest checkpoint where the run is resumed, with its log. -> history, seconds"""
@@ -502,7 +481,6 @@ def train_with_checkpoints(model, optimizer, tokenizer, rows, a, out):
                             checkpoints, start)
         return history, time.perf_counter() - checkpoints.begin
 
-
 def export(model, rows, a, out):
     """Write model/, and adapter/ where the base is as it was. -> the loss of a batch with the trained weights
     and with the exported ones, in arithmetic that is no coarser than they are"""
@@ -518,7 +496,6 @@ def export(model, rows, a, out):
     batch = rows.examples[:a.batch_size]
     return {"trained": batch_loss(model, batch, a.max_tokens),
             "exported": batch_loss(exported, batch, a.max_tokens)}
-
 
 if __name__ == "__main__":
     main()

@@ -14,7 +14,6 @@ LESSONS = {         # what the lines above each of them show
     "random": "a coin lets both layers learn as well. A rule is worth something where it beats the coin.",
 }
 
-
 def learn(score, steps, d, seed):
     """-> gates of the full expert and losses, (steps, 2), for a change of rank 2 and one of full rank"""
     torch.manual_seed(seed)
@@ -36,7 +35,6 @@ def learn(score, steps, d, seed):
         losses.append(loss.detach())
     return torch.stack(gates), torch.stack(losses)
 
-
 def verdict(share):
     """share (2,): of the steps that the full expert of each layer moved at"""
     if share.max() < 0.02 or share.min() > 0.98:
@@ -44,7 +42,6 @@ def verdict(share):
     if share.max() - share.min() > 0.2:
         return "routes by layer"
     return "moves both, in no layer's favour"
-
 
 def demo(steps=240, d=64, seed=0):
     torch.set_num_threads(1)                            # the matrices are tiny

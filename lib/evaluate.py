@@ -8,7 +8,6 @@ import torch
 from data import Scored, count_targets, micro_batches, to_device
 from model import LOGIT_ROWS
 
-
 @torch.no_grad()
 def score_targets(model, examples, max_tokens=16384, choices=()):
     """-> a Scored for each example, from packed forward passes without generation. choices: token ids to
@@ -19,7 +18,6 @@ def score_targets(model, examples, max_tokens=16384, choices=()):
         found += score_batch(model, batch, list(choices))
     scored = dict(zip(order, found))
     return [scored[i] for i in range(len(examples))]
-
 
 def score_batch(model, batch, choices):
     """-> a Scored for each example, from one forward pass. Softmax in fp32."""
@@ -45,7 +43,6 @@ def score_batch(model, batch, choices):
         start += n
     return scored
 
-
 def continue_all(model, prompts, max_new_tokens, eos_ids, places):
     """Greedy continuations of any number of prompts (lists of ids): those of like length together, longest
     first, in batches whose KV cache has at most `places` places. -> the new tokens of each, with the EOS"""
@@ -57,7 +54,6 @@ def continue_all(model, prompts, max_new_tokens, eos_ids, places):
         for i, ids in zip(batch, model.generate([prompts[i] for i in batch], max_new_tokens, eos_ids)):
             new[i] = ids
     return new
-
 
 def evaluate(model, tokenizer, task, questions, max_tokens):
     """questions: [data.Question] -> (result, predictions). result: {"metrics": {name: {"value", "n", "low",
@@ -91,12 +87,10 @@ def evaluate(model, tokenizer, task, questions, max_tokens):
             "counts": {name: sum(values) for name, values in counts.items()},
             "seconds": time.perf_counter() - begin}, predictions
 
-
 def columns(dicts):
     """[{name: value}] -> {name: [value, ...]}, of those that have it"""
     names = dict.fromkeys(name for d in dicts for name in d)
     return {name: [d[name] for d in dicts if name in d] for name in names}
-
 
 def record(verdict):
     """A data.Verdict as predictions.jsonl has it: one level, where "# " begins the name of a count."""
@@ -104,19 +98,16 @@ def record(verdict):
     error = {} if verdict.error is None else {"error": verdict.error}
     return {**verdict.metrics, **verdict.kinds, **counts, **error}
 
-
 def flat(result):
     """The result of evaluate as results.json and log.jsonl have it: one level, "# " before counts."""
     counts = {f"# {name}": n for name, n in result["counts"].items()}
     return {**result["metrics"], **counts, "seconds": result["seconds"]}
-
 
 def bootstrap(values, resamples=1000):
     x = torch.tensor(values, dtype=torch.float64)
     pick = torch.randint(len(x), (resamples, len(x)), generator=torch.Generator().manual_seed(0))
     low, high = x[pick].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return {"value": x.mean().item(), "n": len(x), "low": low, "high": high}
-
 
 @torch.no_grad()
 def batch_loss(model, examples, max_tokens):

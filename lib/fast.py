@@ -24,7 +24,6 @@ from data import count_targets, count_tokens, micro_batches, to_device
 
 STREAMS = 4
 
-
 def where_gradients_flow(f):
     """f, compiled for training alone: evaluation has other shapes."""
     compiled = torch.compile(f, dynamic=True)
@@ -32,7 +31,6 @@ def where_gradients_flow(f):
     def run(*args):
         return compiled(*args) if torch.is_grad_enabled() else f(*args)
     return run
-
 
 def compile_block(forward):
     """Block.forward, compiled. An input that needs no gradient, as the first block's on a frozen base, is made
@@ -44,7 +42,6 @@ def compile_block(forward):
             x = x.detach().requires_grad_()
         return compiled(block, x, rope, layout)
     return run
-
 
 class Streams:
     """spread(items) yields each item with another CUDA stream as the current one. The code behind the loop
@@ -62,7 +59,6 @@ class Streams:
                 yield item
         for stream in self.side:
             here.wait_stream(stream)
-
 
 def fast_parts(cuda):
     """-> {(module or class, name): what stands there while a fast step runs}. Nothing is compiled before it is
@@ -89,7 +85,6 @@ def fast_parts(cuda):
         parts[model, "checkpoint"] = partial(checkpoint, preserve_rng_state=False)
     return parts
 
-
 @contextmanager
 def replaced(parts):
     """Put the parts in their places; afterwards everything is as it was."""
@@ -102,12 +97,10 @@ def replaced(parts):
         for (owner, name), part in old.items():
             setattr(owner, name, part)
 
-
 def padded(n):
     """n rounded up to a 128th of the next power of two, or to 16: few sizes, below 1.6 % more from 1,024."""
     unit = max(16, (1 << (n - 1).bit_length()) // 128)
     return -(-n // unit) * unit
-
 
 class Recording(NamedTuple):
     """A captured step."""
@@ -115,7 +108,6 @@ class Recording(NamedTuple):
     inputs: list            # its input tensors, to be overwritten before each replay
     seen: list              # which groups of the optimizer had a gradient, see MoLFAdamW.rates
     results: tuple
-
 
 class FastStep:
     """step(batch) does plain_step(micros, n_targets) of train.py on a list of examples. -> loss and norm, 0-d
@@ -130,7 +122,8 @@ class FastStep:
         self.device = next(model.parameters()).device
         self.cuda = self.device.type == "cuda"
         self.parts = fast_parts(self.cuda)
-        self.rates = torch.zeros(len(optimizer.param_groups), 5, device=self.device)
+        # rows of 8 numbers begin at multiples of 16 bytes; compiled code copies its other inputs first
+        self.rates = torch.zeros(len(optimizer.param_groups), 8, device=self.device)[:, :5]
         self.recordings, self.pool, self.warm = {}, None, False
         self.targets = {}               # tokens of a micro-batch -> the most targets
         self.example = {}               # tokens of a micro-batch -> a batch
@@ -182,7 +175,7 @@ class FastStep:
             micros, _ = self.inputs(self.example[n])
             for micro in micros:
                 self.model.loss(*micro).backward()
-        self.model.zero_grad()
+            self.model.zero_grad()
 
     def record(self, inputs):
         """Capture what the device has to do for inputs of these shapes. It is not done yet."""
@@ -204,14 +197,12 @@ class FastStep:
         recording.graph.replay()
         return recording.results
 
-
 def tensors(inputs):
     micros, n_targets = inputs
     found = [n_targets]
     for ids, layout, where, labels in micros:
         found += [ids, layout.cu_seqlens, layout.seq, layout.pos, where, labels]
     return found
-
 
 def shapes(inputs):
     return tuple(t.shape for t in tensors(inputs))

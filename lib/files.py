@@ -18,7 +18,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-
 def save_safely(path, content):
     """Write a text, or call content(temporary path), then rename: a good file is never half replaced.
     OSError if it cannot be written."""
@@ -37,7 +36,6 @@ def save_safely(path, content):
     finally:
         temporary.unlink(missing_ok=True)
 
-
 def snapshot(repo, kind, patterns, failure, advice):
     """kind: "model" or "dataset". -> Path of a folder with the repository's files. OSError in one line."""
     from huggingface_hub import snapshot_download       # only those who download need it
@@ -46,7 +44,6 @@ def snapshot(repo, kind, patterns, failure, advice):
     except Exception as e:      # the hub library raises dozens of classes; each one ends here
         why = str(e).partition("\n")[0]
         raise OSError(f"{failure} ({type(e).__name__}: {why}). {advice}") from e
-
 
 def find_checkpoint(path_or_repo):
     """The model's directory: toy/ for "toy", of a run its model/, else the directory itself. A hub id is
@@ -63,7 +60,6 @@ def find_checkpoint(path_or_repo):
                     "If the model is gated, accept its licence there and set HF_TOKEN; without a network "
                     "give a local directory, or set HF_HUB_OFFLINE=1 if the model is in the cache")
 
-
 def weight_files(directory):
     """directory: Path. -> [Path] of its safetensors files: one, or those that the index names. All exist."""
     index = directory / "model.safetensors.index.json"
@@ -75,7 +71,6 @@ def weight_files(directory):
             raise FileNotFoundError(f"{file} is missing: only safetensors are read (no .bin, no pickle)")
     return files
 
-
 def hub_files(repo, split):
     """The parquet files of a data set whose names have the word `split`. -> [Path]. OSError if none has."""
     folder = snapshot(
@@ -86,7 +81,6 @@ def hub_files(repo, split):
     if not files:
         raise OSError(f"{repo} has no parquet file of a split {split!r}: give it with --data, --eval-data")
     return files
-
 
 def download(url, folder=None):
     """The JSON file at `url`, fetched once into ~/.cache/molf; whole and valid, or OSError. -> Path"""
@@ -107,14 +101,12 @@ def download(url, folder=None):
         temporary.unlink(missing_ok=True)
     return path
 
-
 def run_flags(folder):
     """The flags of the run in `folder`; {} if it is none. (A model's config.json has no flags.)"""
     try:
         return json.loads(Path(folder, "config.json").read_text()).get("flags", {})
     except (OSError, ValueError, AttributeError):
         return {}
-
 
 @contextmanager
 def only_one(folder):
@@ -128,7 +120,6 @@ def only_one(folder):
         yield
     finally:
         os.close(lock)
-
 
 class Checkpoints:
     """OUT/checkpoints/step-N.safetensors, from which a run goes on as if it had never stopped. A file is
@@ -215,11 +206,9 @@ class Checkpoints:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
-
 def flat(groups):
     """{group: {name: tensor}} -> {"group.name": tensor}, and safetensors wants them contiguous."""
     return {f"{group}.{name}": t.contiguous() for group, part in groups.items() for name, t in part.items()}
-
 
 def grouped(tensors):
     """{"group.name": tensor} -> {group: {name: tensor}}"""

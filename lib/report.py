@@ -21,17 +21,14 @@ from molf import param_groups
 CSV_COLUMNS = ("date run task model data eval_data method rest score route top_k ranks alpha lr lora_lr epochs "
                "batch_size seed rows train_seconds eval_rows eval_seconds").split()
 
-
 def csv_columns():
     metrics = dict.fromkeys(name for task in TASKS.values() for name in task.report)
     return CSV_COLUMNS + list(metrics)
-
 
 def refuse_other_columns(table):
     """FileExistsError if results.csv was written by a version with other columns."""
     if table.exists() and table.open().readline().strip() != ",".join(csv_columns()):
         raise FileExistsError(f"{table} has other columns than this version writes: move it away")
-
 
 def provenance():
     git = None
@@ -44,13 +41,11 @@ def provenance():
                 torch=torch.__version__, threads=torch.get_num_threads(),
                 date=time.strftime("%Y-%m-%d %H:%M:%S"))
 
-
 def peak_memory(device):
     """GB: of the GPU's allocator, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
-
 
 def count_parameters(model):
     """{"full": n, "lora 128": n, "rest": n, "frozen": n}: a folded weight is counted as its full expert."""
@@ -66,7 +61,6 @@ def count_parameters(model):
         if p not in seen:
             counts["rest" if p.requires_grad else "frozen"] += p.numel()
     return dict(counts)
-
 
 def estimate_bytes(model, a, tokens):
     """What training keeps on the device, by kind, with micro-batches of `tokens` tokens. Activations are
@@ -85,12 +79,10 @@ def estimate_bytes(model, a, tokens):
             "activations (estimate)": tokens * saved * getattr(torch, a.dtype).itemsize,
             "logits (estimate)": 12 * min(tokens, LOGIT_ROWS) * c.vocab_size}
 
-
 def print_bytes(model, a, tokens):
     sizes = estimate_bytes(model, a, tokens)
     for kind, n in {**sizes, "peak (estimate)": sum(sizes.values())}.items():
         print(f"  {kind:24s}{n / 1e9:9.3f} GB")
-
 
 def log_line(r, total):
     """The record of a step as a line to read."""
@@ -102,7 +94,6 @@ def log_line(r, total):
             f"full {r['full_share']:4.0%}  {moved}{speed} tok/s  eta {eta // 60}:{eta % 60:02d}  "
             f"{r['peak_gb']:.1f} GB")
 
-
 def first_share(gates, module_names):
     """gates (steps, modules, experts) -> {"q_proj": mean gate of the first expert, ...}"""
     kinds = {}
@@ -110,12 +101,10 @@ def first_share(gates, module_names):
         kinds.setdefault(name.rpartition(".")[2], []).append(i)
     return {kind: gates[:, i, 0].float().mean().item() for kind, i in kinds.items()}
 
-
 def sample(p):
     """A prediction to read: on one line each, and quoted, for a model may write anything."""
     return "\n".join([f"  prompt     ...{p['prompt'][-200:]!r}", f"  reference  {p['reference'][:200]!r}",
                       f"  prediction {p['prediction'][:200]!r}"])
-
 
 def report(out, a, results, predictions, n_rows):
     """predictions.jsonl, results.json, a line in results.csv beside the run; a table and samples to read.
@@ -134,7 +123,6 @@ def report(out, a, results, predictions, n_rows):
         first = predictions[0]["verdict"]["error"]
         print(f"no reference ran, so nothing could be compared; the first: {first}")
 
-
 def add_to_table(out, a, results, eval_rows, n_rows):
     """A line for results.csv."""
     after = results["after"]
@@ -151,7 +139,6 @@ def add_to_table(out, a, results, eval_rows, n_rows):
         if f.tell() == 0:
             writer.writeheader()
         writer.writerow(row)
-
 
 def print_metrics(before, after):
     before = before or {"metrics": {}, "counts": {}}

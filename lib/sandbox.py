@@ -23,24 +23,20 @@ LIMITS = {"seconds": 10, "steps": 20_000_000}   # of a query, steps of SQLite's 
 CHILDREN = min(8, os.cpu_count())               # at a time; no more than 8, because each may take 1 GiB
 ORDER = {type(None): 0, int: 1, float: 1, str: 2, bytes: 3}     # in which SQLite sorts the types of cells
 
-
 class Result(NamedTuple):
     columns: list       # of a table their names; of a query, whose names do not count, a None each
     rows: list
     ordered: bool       # does the order of the rows count?
 
-
 def unfence(text):
     """A code fence around the whole text goes. Nothing else is cut: SQLite judges what the model wrote."""
     return re.sub(r"\A\s*```(?:sqlite|sql)?\s((?:(?!```).)*)```\s*\Z", r"\1", text, flags=re.S | re.I)
-
 
 def sql_tokens(sql):
     """Tokens without comments, lower case unless quoted. An open quote takes the rest; 'it''s' is two."""
     quoted = r"""'[^']*(?:'|\Z)|"[^"]*(?:"|\Z)|`[^`]*(?:`|\Z)|\[[^]]*(?:]|\Z)"""
     found = (m[0] for m in re.finditer(quoted + r"|--[^\n]*|/\*.*?(?:\*/|\Z)|\w+|\S", sql, re.S))
     return (t if t[0] in "'\"`[" else t.lower() for t in found if not t.startswith(("--", "/*")))
-
 
 def sql_statements(sql):
     """Cut after each semicolon that ends a statement: not in a string, a comment or a trigger's body."""
@@ -51,7 +47,6 @@ def sql_statements(sql):
             found.append("")
     return found
 
-
 def is_ordered(statement):
     """Does it sort its own rows? ORDER BY in parentheses is a subquery's, a window's or an aggregate's.
     Ties then count in the order that SQLite gives them, as in Spider's own evaluation."""
@@ -59,12 +54,10 @@ def is_ordered(statement):
     depth = itertools.accumulate((t == "(") - (t == ")") for t in found)
     return any(d == 0 and pair == ["order", "by"] for d, *pair in zip(depth, found, found[1:]))
 
-
 def same_cell(a, b):
     """1 is 1.0 but not '1', and NULL is only NULL. Floats count to 9 digits: a sum depends on its order."""
     numbers = isinstance(a, (int, float)) and isinstance(b, (int, float)) and float in (type(a), type(b))
     return a == b or numbers and math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-9)
-
 
 def row_key(row):
     """(rough, exact): to sort rows by numbers of 6 digits first, so that rows whose cells are the same but
@@ -72,20 +65,17 @@ def row_key(row):
     rough = [float(f"{round(c, 9):.6g}") if isinstance(c, (int, float)) else c for c in row]
     return tuple([(ORDER[type(c)], 0 if c is None else c) for c in cells] for cells in (rough, row))
 
-
 def same_rows(a, b, ordered):
     """Two lists of rows, as sequences or as multisets."""
     if len(a) == len(b) and a != b and not ordered:
         a, b = sorted(a, key=row_key), sorted(b, key=row_key)
     return len(a) == len(b) and all(len(x) == len(y) and all(map(same_cell, x, y)) for x, y in zip(a, b))
 
-
 def same_outcome(reference, other):
     """Two {key: Result}: keys, columns and rows agree. The reference says whether the order counts."""
     return reference.keys() == other.keys() and all(
         a.columns == b.columns and same_rows(a.rows, b.rows, a.ordered)
         for a, b in ((reference[key], other[key]) for key in reference))
-
 
 def open_database(steps):
     """An empty database in memory that refuses to reach outside and stops after so many VM steps."""
@@ -104,7 +94,6 @@ def open_database(steps):
     db.set_progress_handler(lambda: next(count) * 1000 > steps, 1000)
     return db
 
-
 def fetch_rows(cursor, max_rows=10_000, max_size=2_000_000):
     """All rows, in no more cells + characters + bytes than max_size."""
     rows, size = [], 0
@@ -115,7 +104,6 @@ def fetch_rows(cursor, max_rows=10_000, max_size=2_000_000):
             raise ValueError("result too large")
     return rows
 
-
 def execute_all(db, sql):
     """Run each statement -> {"result": Result} of the last that yields rows, else {}."""
     result = {}
@@ -125,7 +113,6 @@ def execute_all(db, sql):
             columns = [None] * len(cursor.description)
             result = {"result": Result(columns, fetch_rows(cursor), is_ordered(statement))}
     return result
-
 
 def database_contents(db):
     """{(kind, name): Result}. A view counts by its rows; an index or trigger is one row, its own text."""
@@ -140,7 +127,6 @@ def database_contents(db):
             columns = [c[0].lower() for c in cursor.description]
             found[key] = Result(columns, fetch_rows(cursor), ordered=False)
     return found
-
 
 def attempt_sql(stage, context, sql, steps):
     """Run sql after its context -> outcome (None: it failed), did it find and change nothing?, error."""
@@ -160,7 +146,6 @@ def attempt_sql(stage, context, sql, steps):
         text = "step limit" if str(e) == "interrupted" else str(e) or "out of memory"
         return None, False, running + text[:200]
 
-
 def judge_sql(context, reference, prediction, steps=LIMITS["steps"]):
     """Yield the verdict twice: the reference's part, lest the prediction kill us, and then the whole."""
     ref, ref_empty, error = attempt_sql("reference: ", context, reference, steps)
@@ -170,7 +155,6 @@ def judge_sql(context, reference, prediction, steps=LIMITS["steps"]):
     match = error is None and pred_error is None and same_outcome(ref, pred)
     yield {**verdict, "valid": pred_error is None, "match": match, "both_empty": ref_empty and empty,
            "error": error or pred_error}
-
 
 def serve_sql(seconds, steps):
     """The child's loop: a row a line in, two verdicts out. SIGALRM ends it, wherever in SQLite it hangs."""
@@ -189,7 +173,6 @@ def serve_sql(seconds, steps):
             signal.setitimer(signal.ITIMER_REAL, seconds)       # anew for the prediction
         signal.setitimer(signal.ITIMER_REAL, 0)
 
-
 def start_sql_child():
     child = subprocess.Popen([sys.executable, "-I", PROGRAM, json.dumps(LIMITS)], text=True,
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -197,7 +180,6 @@ def start_sql_child():
         child.communicate()
         raise RuntimeError("the SQL child process did not start; its own message is above")
     return child
-
 
 def execute_pairs(rows):
     """[(context, reference, prediction)] -> a verdict each: ref_ok, valid (it ran), match (the last results
@@ -221,7 +203,6 @@ def execute_pairs(rows):
     child.communicate()
     return verdicts
 
-
 def execute_in_parallel(rows, n=CHILDREN):
     """execute_pairs in n children at a time, each with every n-th row."""
     verdicts = [None] * len(rows)
@@ -229,7 +210,6 @@ def execute_in_parallel(rows, n=CHILDREN):
         for i, part in enumerate(pool.map(execute_pairs, [rows[i::n] for i in range(n) if rows[i::n]])):
             verdicts[i::n] = part
     return verdicts
-
 
 if __name__ == "__main__":
     serve_sql(**json.loads(sys.argv[1]))

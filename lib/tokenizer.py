@@ -24,11 +24,10 @@ BYTE_OF = dict(zip(SHOWN + [*range(256, 324)], SHOWN + [b for b in range(256) if
 
 # How GPT-2 cuts a text into words. `\s+(?!\S)` takes white space but leaves the last to the next word.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# The same after a step that has cut off each digit: there white space before a digit leaves nothing to it.
+# SmolLM2's cuts off each digit beforehand, so that white space before a digit stays together.
 DIGITS = GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
 # A regex of these parts alone means the same to tiktoken and to Oniguruma, which `tokenizers` uses.
 ALIKE = r"(\\[pP]\{\w+\}|\\[sSrnt]|\[\^|\((\?(i?:|!|=))?|\{\d+(,\d*)?\}(?!\+)|[^\\^$.({}])+"
-
 
 def split_regex(norm, pre, model):
     """The regex that cuts a text as the pre_tokenizer does; None for Gemma's, which does not cut."""
@@ -44,7 +43,7 @@ def split_regex(norm, pre, model):
         case (["BPE"], None | {"type": "NFC"},
               [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]):
             return GPT2
-        # SmolLM2: the digits first, then the same.
+        # SmolLM2: each digit is cut off before.
         case (["BPE"], None | {"type": "NFC"}, [{"type": "Digits", "individual_digits": True},
               {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]):
             return DIGITS
@@ -58,7 +57,6 @@ def split_regex(norm, pre, model):
                      f"pre_tokenizer {' + '.join(s['type'] for s in steps)} is not supported: Gemma-3's is, "
                      f"and byte-level BPE as in Qwen, SmolLM2, GPT-2. Found {json.dumps([norm, pre])[:500]}")
 
-
 def find_eos(configs, ids):
     """The ids that end a generation: from generation_config, config or tokenizer_config (.json), whichever
     names one first, else the usual token. ids: token -> id"""
@@ -70,7 +68,6 @@ def find_eos(configs, ids):
     if not set(found) <= set(ids.values()):
         raise ValueError(f"no end-of-sequence token {found}: give eos_token_id in generation_config.json")
     return found
-
 
 def gemma_tables(vocab, made):
     """vocab: token -> id; made: tokens that merges make. -> (id -> bytes, bytes -> ids of what merges start
@@ -89,14 +86,12 @@ def gemma_tables(vocab, made):
     regex = " *(?:" + "".join(rf"\x{{{ord(c):x}}} *|" for c in joins) + "[^ ])+| +"
     return spelling, {s: [byte_ids[b] for b in s] for s in starts} | chars, regex
 
-
 def added_regex(added):
     """The regex that finds added tokens, longest first. Those that begin alike are grouped: Gemma has 6,400,
     and `re` tries one after the other."""
     alike = groupby(sorted(added, reverse=True), lambda t: t[:3])
     groups = [re.escape(start) + f"(?:{'|'.join(re.escape(t[3:]) for t in ts)})" for start, ts in alike]
     return re.compile(f"({'|'.join(groups) or '(?!)'})")
-
 
 def made_in_order(merges):
     """What the merges make, each token once, in their order.
@@ -108,7 +103,6 @@ def made_in_order(merges):
     if len(set(rest)) < len(rest):
         raise ValueError("merges that make one token are in several places: it would need several ranks")
     return list(dict.fromkeys(made))
-
 
 class Tokenizer:
     """Encodes as the `tokenizers` library does, except that text is data: it never becomes a control token.

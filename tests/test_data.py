@@ -16,8 +16,8 @@ import torch
 from test_tokenizer import random_text, small       # noqa: F401
 
 import data
-from data import (Example, Scored, Tokenizer, Verdict, batch_of, encode, exact_match, execute_pairs, load_rows,
-                  micro_batches, pack, read_data, read_rows, sql_metrics, to_device)
+from data import (Example, Scored, Tokenizer, Verdict, batch_of, encode, exact_match, execute_pairs,
+                  load_rows, micro_batches, pack, read_data, read_rows, sql_metrics, to_device)
 from lib import sandbox
 from lib.evaluate import evaluate, record
 from model import Transformer
@@ -456,7 +456,8 @@ def test_rows_that_cannot_be_encoded_or_answered_are_left_out_counted_and_said(t
     assert [e.row for e in found.examples] == [0, 2, 4, 5, 6]   # of those with an answer
     printed = capsys.readouterr().out.splitlines()
     assert [p.partition(":")[0] for p in printed] == [
-        "training row 1 is skipped", "evaluation row 1 is skipped", "skipped 1 training rows without an answer",
+        "training row 1 is skipped", "evaluation row 1 is skipped",
+        "skipped 1 training rows without an answer",
         "skipped 2 training rows that the tokenizer cannot encode",
         "skipped 1 evaluation rows without an answer",
         "skipped 2 evaluation rows that the tokenizer cannot encode"]
@@ -528,7 +529,7 @@ def test_held_out_rows_do_not_train_but_facts_do():
         assert all(q.prompt == e.ids[:e.n_prompt] for e, q in rows.held_out)
 
 
-# ----------------------------------------------------------------------------------------- a task of one's own
+# ---------------------------------------------------------------------------------------- a task of one's own
 
 def test_a_new_task_is_one_entry(monkeypatch, tmp_path):
     """Where people were born: rows from the toy world or a file, examples, and what the toy model answers."""

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
+import molf
 import train
 from data import Tokenizer, encode
 from lib.files import Checkpoints
@@ -227,6 +228,59 @@ def test_the_dtype_of_the_export(dtype, stored, tmp_path, capsys):
     trained, exported = json.loads((tmp_path / "results.json").read_text())["loss"].values()
     assert ("--export-dtype fp32 keeps it" in capsys.readouterr().out) == (exported > 1.05 * trained)
     assert (trained == exported) == (dtype == "fp32") and trained == pytest.approx(exported, rel=0.1)
+
+
+@pytest.mark.parametrize("route", ["softmax", "sticky"])
+def test_soft_and_sticky_gates_are_kept_and_a_resumed_run_is_the_whole_one(route, tmp_path, capsys):
+    args = ("--route", route, "--limit", 16, "--epochs", 8, "--batch-size", 4, "--eval-limit", 4,
+            "--score", "random", "--export-dtype", "fp32")
+    main(*args, "--out", tmp_path / "whole", "--save-every", 100)
+    printed = capsys.readouterr().out
+    gates = load_file(tmp_path / "whole" / "routing.safetensors")["gates"]
+    assert gates.shape == (32, 42, 2)
+    if route == "softmax":
+        assert gates.dtype == torch.float32 and ((0 < gates) & (gates < 1)).all() and "mean gate of" in printed
+        torch.testing.assert_close(gates.sum(-1), torch.ones(32, 42))
+    else:
+        assert gates.dtype == torch.bool and "steps won by" in printed
+        assert all(torch.equal(gates[i], gates[i - 1]) == (i % 10 > 0) for i in range(1, 32))
+
+    class Stopping(Checkpoints):
+        def save(self, step, history):
+            super().save(step, history)
+            if step == 13:
+                self.asked = signal.SIGTERM
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Checkpoints", Stopping)
+        with pytest.raises(SystemExit) as e:
+            main(*args, "--out", tmp_path / "halves", "--save-every", 13)
+    assert e.value.code == 143
+    main("--resume", "--out", tmp_path / "halves")
+    for name in ("model/model.safetensors", "routing.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "halves" / name).read_bytes()
+
+
+def test_a_rule_and_a_task_of_ones_own_are_one_entry_each(tmp_path, monkeypatch):
+    """A run with both: nothing but SCORES and TASKS knows of them."""
+    def pairs(row):
+        return f"{row['who']} plays the", " " + row["what"]
+    mine = data.Task(
+        source="nobody/nothing", splits={"train": "train", "test": "test"}, toy_epochs=3,
+        toy=lambda split: [{"who": f"Tamo {w}", "what": w} for w in ("lute", "harp", "oboe", "drum")],
+        fields={"who": "string", "what": "string"}, usable=lambda rows: rows, pair=pairs,
+        queries=lambda row: [], choices=(), new_tokens=4,
+        metrics=lambda rows, scored, texts: [data.Verdict({"right": float(t == " " + r["what"])}, {}, {})
+                                             for r, t in zip(rows, texts)],
+        report=("right",))
+    monkeypatch.setitem(data.TASKS, "mine", mine)
+    monkeypatch.setitem(train.SCORES, "norm", lambda e: molf.total(g.square() for g in e.g))
+    main("--task", "mine", "--score", "norm", "--batch-size", 2, "--out", tmp_path / "run", "--eval-every", 3)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["after"]["right"]["n"] == 4
+    with open(tmp_path / "results.csv") as f:
+        (row,) = csv.DictReader(f)
+    assert row["right"] == str(results["after"]["right"]["value"]) and row["score"] == "norm"
+    assert len(load_file(tmp_path / "run" / "routing.safetensors")["gates"]) == 3 * 2   # a row is held out
 
 
 # ------------------------------------------------------------------------------------------------- evaluation
