@@ -4,17 +4,18 @@ The weight of a linear layer is a sum of experts, a full matrix W and pairs of L
 
     W_eff = W + sum_i s_i B_i A_i               s_i = alpha / sqrt(rank_i)
 
-The forward pass uses W_eff. In model.py, unfold turns its gradient into a gradient g for every expert, and
-fold writes the new sum into the layer. Between the two, this optimizer takes the step:
+The forward pass uses W_eff. A training step is loss.backward(), unfold, optimizer.step(), fold. unfold turns
+the gradient of W_eff into a gradient g for every expert, and fold writes the new sum into the layer (both are
+in model.py). This is the optimizer's part:
 
     m <- b1 m + (1 - b1) g                      m_hat = m / (1 - b1^t)          every expert, every step
     v <- b2 v + (1 - b2) g^2                    v_hat = v / (1 - b2^t)
     S = score(expert)                           gates = route(the scores of each module), 0 to 1
     w <- w - gate (lr wd w + lr m_hat / (sqrt(v_hat) + eps))                    where gate > 0
 
-A losing expert keeps its weights, but its moments go on, so scores always compare the same gradients.
-With one expert a module this is torch.optim.AdamW. What is not routed (embedding, norms) takes a plain
-AdamW step. All arithmetic is fp32; the state holds an fp32 master copy of each bf16 parameter.
+A losing expert keeps its weights. Its moments go on, so that the moments of all experts have seen the same
+batches. With one expert a module this is torch.optim.AdamW. What is not routed (embedding, norms) takes a
+plain AdamW step. All arithmetic is fp32; the state holds an fp32 master copy of each bf16 parameter.
 
     optimizer = MoLFAdamW(param_groups(model, lr=5e-5, lora_lr=5e-5), score=epd, route=topk, top_k=1)
     optimizer.gates, optimizer.scores           # (modules, experts) of the last step, on the device
@@ -25,7 +26,7 @@ from typing import NamedTuple
 
 import torch
 
-# The columns of MoLFAdamW.rates: lr, 1 - lr wd, lr / (1 - b1^t), sqrt(1 - b2^t), t
+# Where Expert.rates has lr, 1 - lr wd, lr / (1 - b1^t), sqrt(1 - b2^t) and t
 LR, DECAY, STEP_SIZE, CORRECTION, T = range(5)
 
 # ------------------------------------------------------------------------------------------------------------
@@ -34,8 +35,8 @@ LR, DECAY, STEP_SIZE, CORRECTION, T = range(5)
 # rule and replays it as a CUDA graph. A rule with .item(), or with `if` on a tensor, needs `--eager` there.
 
 class Expert(NamedTuple):
-    """What a rule sees of an expert. It must change nothing. The lists run over the expert's parameters,
-    [W] or [W, bias] of a full expert, [A, B] of a LoRA expert."""
+    """What a rule sees of an expert. The rule must change nothing. The lists run over the expert's
+    parameters: [W] or [W, bias] of a full expert, [A, B] of a LoRA expert."""
     kind: str               # "full" or "lora"
     p: list                 # the parameters as the model holds them, perhaps in bf16
     w: list                 # the same in fp32: W (out, in) and bias (out,), or A (r, in) and B (out, r)
@@ -44,8 +45,8 @@ class Expert(NamedTuple):
     v: list
     m_before: list          # Adam's moments before this gradient
     v_before: list
-    weight: torch.Tensor    # the module's weight in the forward pass, (out, in): W_eff, or the frozen W
-    rates: torch.Tensor     # (5,), see MoLFAdamW.rates
+    weight: torch.Tensor    # (out, in), of the module: W_eff; where LoRA trains beside a frozen W, that W
+    rates: torch.Tensor     # (5,): the numbers of this step, see LR to T above
     betas: tuple
     eps: float
     scale: float            # s in W_eff = W + s B A; 1 for a full expert
@@ -55,11 +56,11 @@ class Expert(NamedTuple):
         return self.rates[LR]
 
     @property
-    def t(self):            # 0-d: the number of gradients that the expert has seen, with this one
+    def t(self):            # 0-d: the number of gradients that the expert has seen, including this one
         return self.rates[T]
 
     @property
-    def numel(self):
+    def numel(self):        # N in the rules
         return sum(w.numel() for w in self.w)
 
     def adamw_step(self):
@@ -73,8 +74,9 @@ def total(tensors):
 
 def epd(e):
     """Expected parameter-wise descent, the paper's rule: S = lr/N sum m^2 / (sqrt(v) + eps).
-    The sum is how far the loss would fall along the step m / (sqrt(v) + eps), for a small lr. As in the
-    paper, no score corrects the bias of m and v. S depends on matrix shapes and on both learning rates."""
+    A step of lr u with u = m / (sqrt(v) + eps) lowers the loss by about lr sum g u. EPD expects the gradient
+    g to be m, and divides by the number N of the expert's parameters. So S depends on the shapes of the
+    matrices and on the expert's learning rate. As in the paper, no score corrects the bias of m and v."""
     descent = [m.square() / (v.sqrt() + e.eps) for m, v in zip(e.m, e.v)]
     return e.lr / e.numel * total(descent)
 
@@ -89,9 +91,10 @@ def snr(e):
     return signal / (total(e.v) + 1e-30)
 
 def align(e):
-    """Does the step learnt from earlier batches help on this one, per unit that it moves W_eff?
-    S = g.u / |dW(u)| with u = m / (sqrt(v) + eps) from before this gradient. For LoRA dW = s (u_B A + B u_A).
-    Its norm needs r x r matrices only, as |u_B A|^2 = tr(u_B^T u_B A A^T). At the first step all tie."""
+    """Does the direction learnt from earlier batches help on this one? By how much, for its length in W_eff?
+    S = g.u / |dW(u)| with u = m / (sqrt(v) + eps) from before this gradient. A step against u lowers the
+    loss if g.u > 0. For LoRA dW = s (u_B A + B u_A). The norm of dW needs r x r matrices only, because
+    |u_B A|^2 = tr(u_B^T u_B A A^T), the sum over (u_B^T u_B) * (A A^T). At the first step all tie."""
     u = [m / (v.sqrt() + e.eps) for m, v in zip(e.m_before, e.v_before)]
     gain = total(g * x for g, x in zip(e.g, u))
     if e.kind == "full":
@@ -101,7 +104,7 @@ def align(e):
         u_a, u_b = u
         first = (u_b.T @ u_b) * (a @ a.T)               # sums to |u_B A|^2
         last = (b.T @ b) * (u_a @ u_a.T)                # sums to |B u_A|^2
-        mixed = (u_b.T @ b) * (a @ u_a.T)
+        mixed = (u_b.T @ b) * (a @ u_a.T)               # sums to the inner product of u_B A and B u_A
         square = e.scale ** 2 * (first + last + 2 * mixed).sum()
     return gain / (square.clamp_min(0).sqrt() + 1e-30)
 
@@ -110,7 +113,7 @@ def always_full(e):
     return torch.full_like(e.lr, e.kind == "full")
 
 def always_lora(e):
-    """Control: LoRA moves at every step. Unlike plain LoRA, the embedding and the norms train as well."""
+    """Control: LoRA moves at every step. The embedding and the norms train as well, unlike in plain LoRA."""
     return torch.full_like(e.lr, e.kind == "lora")
 
 def coin(e):
@@ -128,9 +131,12 @@ SCORES = {
 }
 
 # A route turns the scores of a step into gates. An expert moves with gate x lr: 0 keeps its bits, 1 is AdamW.
-#   scores  (modules, experts)    NaN where a module has no gradient: it will not move, whatever its gates
-#   gates   (modules, experts)    those of the last step, 0 at first; a resumed run has them again
-#   step    0-d                   the number of steps before this one
+# Add yours to ROUTES and run `train.py --route yours`. It also runs inside the CUDA graph.
+#   scores  (modules, experts)    of any size and sign (EPD's are tiny); NaN where a module has no gradient,
+#                                 which then doesn't move, whatever its gates
+#   gates   (modules, experts)    those of the last step; 0 at first, and where a module didn't move.
+#                                 They are in the checkpoints.
+#   step    0-d tensor            the number of steps before this one
 
 def topk(scores, gates, step, top_k):
     """The paper's route: the top_k highest scores of each module move. Ties go to the first expert."""
@@ -138,14 +144,16 @@ def topk(scores, gates, step, top_k):
     return torch.zeros_like(scores).scatter(-1, order[:, :top_k], 1.0)
 
 def softmax(scores, gates, step, top_k, temperature=0.2):
-    """All experts move, the better ones more. Scores are first divided by the largest of their module.
-    So the gates don't soften while the learning rate, a factor of EPD, decays."""
+    """All experts move, the better ones more; the gates of a module sum to top_k, but none is above 1.
+    Scores are first divided by the largest of their module, because EPD's are tiny and decay with the
+    learning rate."""
     largest = scores.abs().amax(dim=-1, keepdim=True)
     share = scores / largest.clamp_min(1e-30)
     return (top_k * (share / temperature).softmax(dim=-1)).clamp_max(1)
 
 def sticky(scores, gates, step, top_k, every=10):
-    """topk, decided again every 10 steps only. A module that did not move at the last step decides now."""
+    """topk, but decided again every 10 steps only. A module that did not move at the last step decides now:
+    its old gates are 0."""
     idle = gates.sum(dim=-1, keepdim=True) == 0
     decide = idle | (step % every == 0)
     return torch.where(decide, topk(scores, gates, step, top_k), gates)
@@ -154,10 +162,9 @@ ROUTES = {"topk": topk, "softmax": softmax, "sticky": sticky}
 
 # END OF THE ROUTING RULES
 # ------------------------------------------------------------------------------------------------------------
-# The functions that touch large tensors. lib/fast.py compiles the last three, and puts the loops of the
-# optimizer, which run through `spread`, on several CUDA streams.
+# The functions that touch large tensors. lib/fast.py compiles observe_and_score, move and observe_and_move.
 
-spread = iter
+spread = iter       # the optimizer's loops run through it; lib/fast.py puts them on several CUDA streams
 
 def adam_moments(g, m, v, beta1, beta2):
     """-> the moments after gradient g; m and v stay as they are."""
@@ -169,7 +176,7 @@ def adamw(e, w, m, v):
     return w * decay - e.rates[STEP_SIZE] * m / (v.sqrt() / e.rates[CORRECTION] + e.eps)
 
 def observe(e, clip):
-    """-> expert e as its gradient, times clip, makes it: with new moments. Nothing is written yet."""
+    """-> expert e after it has seen its gradient times clip. Nothing is written yet."""
     g = [x.float() * clip for x in e.g]
     moments = [adam_moments(*x, *e.betas) for x in zip(g, e.m_before, e.v_before)]
     return e._replace(g=g, m=[m for m, _ in moments], v=[v for _, v in moments])
@@ -206,8 +213,8 @@ class MoLFAdamW(torch.optim.Optimizer):
     gradients sits the step out. A module with a single expert needs no scores: they are 0.
 
     step(clip=..., ok=...) takes 0-d tensors on the device and never waits for it. clip is a factor of all
-    gradients. Where ok is False, no parameter and no moment changes. Without ok, step() also checks that
-    the scores are finite."""
+    gradients. Where ok is False, no parameter and no moment changes, though steps are counted. The caller
+    then checks that the scores are finite. Without ok, step() checks it itself."""
 
     def __init__(self, groups, lr=5e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
                  score=epd, route=topk, top_k=1):
@@ -222,7 +229,7 @@ class MoLFAdamW(torch.optim.Optimizer):
         for i, group in enumerate(self.param_groups):
             if group["kind"] != "rest":
                 modules.setdefault(group["module"], []).append(i)
-            for p in group["params"]:                   # all state is made here: no surprise in memory later
+            for p in group["params"]:                   # the whole state now, so memory doesn't grow later
                 self.state[p]["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
                 if p.dtype != torch.float32:
@@ -247,10 +254,7 @@ class MoLFAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None, clip=1.0, ok=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = torch.enable_grad()(closure)() if closure else None
         check = ok is None
         if ok is None:
             ok = torch.ones_like(self.steps, dtype=torch.bool)
@@ -262,7 +266,7 @@ class MoLFAdamW(torch.optim.Optimizer):
             idle = self.scores.isnan().any(dim=-1, keepdim=True)            # (modules, 1): no gradient
             self.gates.copy_(torch.where(ok & ~idle, gates, 0.0))
             for i, gate in spread(zip(self.routed, self.gates.flatten())):
-                move(self.expert(i, rates[i]), gate)
+                move(self.expert(i, rates[i]), gate)        # (now with the new moments)
         for i in spread(self.alone):
             observe_and_move(self.expert(i, rates[i]), clip, ok)
         self.steps += 1
@@ -282,7 +286,7 @@ class MoLFAdamW(torch.optim.Optimizer):
         return score
 
     def expert(self, i, rates):
-        """-> group i as an Expert; its moments have not seen the gradient yet"""
+        """-> group i as an Expert, with the moments that the state holds at this moment"""
         group = self.param_groups[i]
         params = [p for p in group["params"] if p.grad is not None]
         state = [self.state[p] for p in params]
@@ -308,13 +312,13 @@ class MoLFAdamW(torch.optim.Optimizer):
     def groups_with_gradient(self):
         """-> a bool for each group"""
         matrices = [self.param_groups[i]["params"][0] for i in self.experts]
-        if matrices and all(w.grad is None for w in matrices):      # (a bias has one, even without unfold)
+        if matrices and all(w.grad is None for w in matrices):      # biases have one even without unfold
             raise RuntimeError("no expert has a gradient: call unfold(model) between backward() and step()")
         return [any(p.grad is not None for p in group["params"]) for group in self.param_groups]
 
     def rates(self, seen):
-        """Count a gradient for the groups where seen. -> (groups, 5), fp32 on the device: the numbers of this
-        step, computed in double precision on the host"""
+        """seen: a bool for each group. Counts the new gradients, then computes the numbers of this step, in
+        double precision on the host. -> (groups, 5), fp32 on the device"""
         table = []
         for group, new in zip(self.param_groups, seen):
             group["t"] += new
@@ -351,9 +355,9 @@ def param_groups(model, lr=5e-5, lora_lr=5e-5, weight_decay=0.1, lora_weight_dec
     parameter, with the full expert's lr. Vectors (norms, biases) do not decay."""
     groups, derived = [], set()
     for name, layer in model.named_modules():
-        if not hasattr(layer, "folded"):                # so a MoLFLinear is known without importing model.py
+        if not hasattr(layer, "folded"):                # MoLFLinears have it; no need to import model.py
             continue
-        if layer.folded:                                # fold computes this weight, no gradient step does
+        if layer.folded:                                # its weight is W_eff, which no optimizer step trains
             derived.add(layer.weight)
         for i, (kind, scale, params) in enumerate(layer.experts()):
             full = kind == "full"

@@ -394,12 +394,17 @@ def test_a_parameter_that_joins_late_counts_its_own_steps():
         torch.testing.assert_close(net.get_parameter(name), p, rtol=0, atol=1e-7)
 
 
-def test_the_rule_in_the_readme_works():
+def from_readme(start):
+    """The names of molf.py with the code of README that begins like this."""
     text = (Path(molf.__file__).parent / "README.md").read_text(encoding="utf-8")
-    block = text[text.index("    def grad_norm(e):"):].split("\n\n")[0]
+    block = text[text.index("    " + start):].split("\n\n")[0]
     names = dict(vars(molf))
     exec(textwrap.dedent(block), names)
-    net, optimizer = molf_net(score=names["grad_norm"])
+    return names
+
+
+def test_the_rule_in_the_readme_works():
+    net, optimizer = molf_net(score=from_readme("def grad_norm(e):")["grad_norm"])
     x, y = batches(1)[0]
     (net(x) - y).square().mean().backward()
     unfold(net)
@@ -407,6 +412,12 @@ def test_the_rule_in_the_readme_works():
             for n in TARGETS]
     optimizer.step()
     torch.testing.assert_close(optimizer.scores, torch.tensor(want))
+
+
+def test_the_route_in_the_readme_works():
+    net, optimizer = molf_net(route=from_readme("def half(scores")["half"])
+    step(net, optimizer, batches(1)[0])
+    assert sorted(optimizer.gates.flatten().tolist()) == [0.5] * 3 + [1.0] * 3
 
 
 # ---------------------------------------------------------------------------- the paper's equations, transcribed
