@@ -7,8 +7,8 @@ Every target linear holds a list of experts, and its forward pass uses the sum o
 
     W_eff = W + sum_i s_i B_i A_i        s_i = alpha / sqrt(r_i)   (rsLoRA, arXiv 2312.03732)
 
-Where the full expert W trains beside others, the layer is folded. Its weight is W_eff, so it runs as fast as
-a plain linear, and the one gradient G = dL/dW_eff gives the gradient of every expert.
+Where the full expert W trains beside others (without dropout), the layer is folded. Its weight is W_eff, so
+it runs as fast as a plain linear, and the one gradient G = dL/dW_eff gives the gradient of every expert.
 
     loss.backward()          # G, in weight.grad
     unfold(model)            # dL/dW = G    dL/dB = s G A^T    dL/dA = s B^T G
@@ -39,7 +39,7 @@ from torch.utils.checkpoint import checkpoint
 from lib.files import find_checkpoint, save_safely, weight_files
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-LOGIT_ROWS = 2048       # rows of logits alive at once in the loss: 2048 x 262k (Gemma) in fp32 is 2 GiB
+LOGIT_ROWS = 2048       # rows of logits in one piece of the loss: 2048 x 262k (Gemma) in fp32 is 2 GiB
 # torch 2.11 shares key heads among query heads unasked; later versions want to be told
 GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
@@ -138,8 +138,8 @@ def on_device(x, device):
     return x.to(device, non_blocking=True)
 
 class Packed:
-    """S sequences end to end in one row of N tokens. A token sees its own sequence, up to itself.
-    lengths: of the sequences, 0 allowed. max_len: of the longest, or more."""
+    """S sequences end to end in one row of N tokens. A token sees its own sequence, up to itself. `lengths`
+    are those of the sequences; some may be 0. max_len is the longest, or more."""
 
     def __init__(self, lengths, device="cpu", max_len=None):
         n = torch.tensor(lengths)               # (S,) on the CPU: on a GPU repeat_interleave would be a sync
@@ -158,8 +158,8 @@ class Packed:
             back = window - 1 if window else -1
             return varlen_attn(q, k, v, self.cu_seqlens, self.cu_seqlens, self.max_len, self.max_len,
                                scale=scale, window_size=(back, 0), **GQA)
-        # Elsewhere gather into (S, L). The columns behind a sequence's end hold other tokens. They are
-        # dropped from the result, and no token before them sees them, as the mask is causal.
+        # In fp32 or on a CPU gather into (S, L). The columns after a sequence's end hold other tokens. They
+        # are dropped from the result, and no token before them sees them, because the mask is causal.
         L = self.max_len
         index = self.cu_seqlens[:-1, None] + torch.arange(L, device=q.device)               # (S, L)
         index = index.clamp_max(len(q) - 1)
@@ -230,25 +230,25 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 class Attention(nn.Module):
-    def __init__(self, c, layer):
+    def __init__(self, c, index):
         super().__init__()
         bias = c.raw.get("attention_bias", not c.gemma)         # Qwen2 has biases on q, k and v, none on o
-        q = c.num_attention_heads * c.head_dim
-        kv = c.num_key_value_heads * c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, q, bias=bias)
-        self.k_proj = nn.Linear(c.hidden_size, kv, bias=bias)
-        self.v_proj = nn.Linear(c.hidden_size, kv, bias=bias)
-        self.o_proj = nn.Linear(q, c.hidden_size, bias=bias and c.gemma)
+        q_width = c.num_attention_heads * c.head_dim
+        kv_width = c.num_key_value_heads * c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, q_width, bias=bias)
+        self.k_proj = nn.Linear(c.hidden_size, kv_width, bias=bias)
+        self.v_proj = nn.Linear(c.hidden_size, kv_width, bias=bias)
+        self.o_proj = nn.Linear(q_width, c.hidden_size, bias=bias and c.gemma)
         if c.gemma:
             self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, True)
             self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, True)
-        self.index = layer
+        self.index = index
         self.head_dim = c.head_dim
         self.scale = c.softmax_scale
         self.gemma = c.gemma
-        self.window = c.sliding_window if c.layer_types[layer] == "sliding_attention" else 0    # 0: none
+        self.window = c.sliding_window if c.layer_types[index] == "sliding_attention" else 0    # 0: none
 
-    def forward(self, x, rope, layout):
+    def forward(self, x, cos_sin, layout):
         heads = (-1, self.head_dim)
         q = self.q_proj(x).unflatten(-1, heads)                 # (N, H, D)
         k = self.k_proj(x).unflatten(-1, heads)                 # (N, Hkv, D)
@@ -256,7 +256,7 @@ class Attention(nn.Module):
         if self.gemma:
             q = self.q_norm(q)
             k = self.k_norm(k)
-        y = layout.attend(rotate(q, *rope), rotate(k, *rope), v, self)
+        y = layout.attend(rotate(q, *cos_sin), rotate(k, *cos_sin), v, self)
         return self.o_proj(y.flatten(1))
 
 class MLP(nn.Module):
@@ -273,9 +273,9 @@ class MLP(nn.Module):
         return self.down_proj(gate * self.up_proj(x))
 
 class Block(nn.Module):
-    def __init__(self, c, layer):
+    def __init__(self, c, index):
         super().__init__()
-        self.self_attn = Attention(c, layer)
+        self.self_attn = Attention(c, index)
         self.mlp = MLP(c)
         self.gemma = c.gemma
         names = ["input_layernorm", "post_attention_layernorm"]
@@ -284,8 +284,8 @@ class Block(nn.Module):
         for name in names:
             setattr(self, name, RMSNorm(c.hidden_size, c.rms_norm_eps, c.gemma))
 
-    def forward(self, x, rope, layout):
-        y = self.self_attn(self.input_layernorm(x), rope, layout)
+    def forward(self, x, cos_sin, layout):
+        y = self.self_attn(self.input_layernorm(x), cos_sin, layout)
         if self.gemma:      # "sandwich": a branch is normed on its way in and on its way out
             x = x + self.post_attention_layernorm(y)
             return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
@@ -330,12 +330,12 @@ class Transformer(nn.Module):
         x = self.model["embed_tokens"](ids)
         if c.gemma:     # the scale is rounded to the weights' dtype, 33.94 -> 34 (transformers#29402)
             x = x * torch.tensor(c.hidden_size ** 0.5, dtype=x.dtype)
-        rope = self.rope(layout.pos, x.dtype)
+        tables = self.rope(layout.pos, x.dtype)
         for block, kind in zip(self.model["layers"], c.layer_types):
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope[kind], layout, use_reentrant=False)
+                x = checkpoint(block, x, tables[kind], layout, use_reentrant=False)
             else:
-                x = block(x, rope[kind], layout)
+                x = block(x, tables[kind], layout)
         return self.model["norm"](x if where is None else x[where])
 
     @property
@@ -396,7 +396,7 @@ class Transformer(nn.Module):
             if len(new) % look_every == 0 and done.all():
                 break
             if len(new) == 2 and weight.is_cuda and temperature == 0:
-                graph = torch.cuda.CUDAGraph()          # the first step has set the libraries up
+                graph = torch.cuda.CUDAGraph()          # cuBLAS starts in the first step; a capture can't
                 with torch.cuda.graph(graph):
                     step()
                 advance = graph.replay
@@ -411,13 +411,13 @@ class Transformer(nn.Module):
         """"toy", a directory, or a hub id -> the model. dtype None keeps the stored one."""
         source = find_checkpoint(path_or_repo)
         config = read_config(source)
-        config.dtype = dtype or config.dtype
-        if config.gemma and config.dtype == torch.float16:
+        dtype = dtype or config.dtype
+        if config.gemma and dtype == torch.float16:
             raise ValueError("Gemma-3's activations (up to 800,000) overflow fp16: use bfloat16 or float32")
         with torch.device("meta"):
             model = cls(config)
         model.source = source
-        load_weights(model, source, config.dtype, device)
+        load_weights(model, source, dtype, device)
         return model
 
     @torch.no_grad()
@@ -446,8 +446,8 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def save_adapter(self, directory, base):
-        """On a frozen base: the LoRA experts as the one LoRA that they are together, in fp32, for `peft`. Its
-        scales are inside B, so lora_alpha = r; rsLoRA's flag is off, for not all readers know it (vllm#6909).
+        """On a frozen base: all LoRA experts, concatenated into one LoRA, for `peft`; stored as fp32. Their
+        scales are inside B, so lora_alpha = r. rsLoRA's flag is off, as not all readers know it (vllm#6909).
         base: where the base model is, a directory or a hub id."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -470,18 +470,19 @@ class Transformer(nn.Module):
 # MoLF: the experts of a linear layer
 
 class MoLFLinear(nn.Linear):
-    """A linear whose weight is a sum of experts, W + sum_i s_i B_i A_i. It has one of two forms:
+    """A linear whose weight is a sum of experts, W + sum_i s_i B_i A_i. It has one of three forms:
 
-                    trains                          `weight`    W               forward pass
-        folded      W and LoRA, without dropout     W_eff       `full`, fp32    x weight^T
-        two paths   all else                        W           `weight`        x W^T + sum s dropout(x) A^T B^T
+        experts that train          `weight` is     W is in         forward pass
+        W and LoRA: folded          W_eff           `full`, fp32    x weight^T
+        LoRA, or with dropout       W               `weight`        x W^T + sum s dropout(x) A^T B^T
+        W alone                     W               `weight`        x W^T
 
-    Folded, unfold and fold carry gradients out and new weights in. With two paths, autograd gives all
-    gradients, and a frozen W has no full-size gradient. The bias belongs to the full expert. A and B have
-    the model's dtype; the optimizer keeps fp32 masters of what is bf16 and trains."""
+    unfold and fold carry gradients out of a folded layer and new weights into it. In the other forms
+    autograd gives all gradients, and a frozen W has no full-size gradient. The bias belongs to the full
+    expert. A and B have the model's dtype; the optimizer keeps fp32 masters of all that trains in bf16."""
 
     def __init__(self, linear, ranks, alpha, full, dropout):
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)                # not nn.Linear's, which would make a new weight
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.weight = linear.weight
@@ -502,7 +503,7 @@ class MoLFLinear(nn.Linear):
             self.bias.requires_grad_(True)
         if self.folded:
             self.full = nn.Parameter(self.weight.detach().to(torch.float32, copy=True))         # (out, in)
-            self.full.grad_dtype = None         # takes G as it is, bf16 on a GPU: no fp32 copy of it
+            self.full.grad_dtype = None         # its gradient G may be bf16, without a copy in fp32
 
     def experts(self):
         """[(kind, scale, parameters)], the full expert first: what the optimizer routes between."""
@@ -522,7 +523,7 @@ class MoLFLinear(nn.Linear):
         return torch.cat(list(self.A)), torch.cat(scaled, dim=1)
 
     def merged(self):
-        """W_eff: of a folded layer the weight that training used, of two paths the sum in fp32."""
+        """W_eff: the weight, where it is that; else W + sum s B A, added in fp32."""
         if self.folded or not self.ranks:
             return self.weight
         a, b = self.stacked()
@@ -566,31 +567,31 @@ def add_experts(model, ranks=(128,), alpha=32, full=True, dropout=0.0, targets=T
         raise ValueError(f"the model has no nn.Linear named {', '.join(targets)}: give its names as targets")
     return layers
 
-# lib/fast.py compiles lora_gradients and fold_layer, and runs the two loops on several CUDA streams.
+# lib/fast.py compiles lora_gradients and fold_layer.
 
-spread = iter
+spread = iter       # the loops of unfold and fold run through it; lib/fast.py puts them on CUDA streams
 
 def scaled_mm(s, x, y):
-    """s x y. addmm's alpha scales the fp32 sum before it is rounded, and saves a pass. beta = 0 drops the
-    first argument."""
+    """s x y. addmm's alpha scales the fp32 sum before it is rounded, and saves a pass. addmm wants a first
+    argument, which beta = 0 ignores."""
     return torch.addmm(x[0, 0], x, y, beta=0, alpha=s)
 
 def lora_gradients(G, s, A, B):
-    """G (out, in), A (r, in), B (out, r) -> dL/dA = s B^T G (r, in), dL/dB = s G A^T (out, r), in G's dtype"""
+    """G (out, in), A (r, in), B (out, r) -> dL/dA = s B^T G (r, in) and dL/dB = s G A^T (out, r)"""
     return scaled_mm(s, B.T, G), scaled_mm(s, G, A.T)
 
-def fold_layer(weight, full, scales, A, B):
+def fold_layer(weight, W, scales, A, B):
     """weight <- W + sum s B A, in place. B A is computed in the weight's dtype, then added to W in fp32. Its
-    rounding is smaller than that of the sum."""
-    total = full
+    rounding is below that of the sum, while s B A is small beside W."""
+    total = W
     for s, a, b in zip(scales, A, B):
-        total = total + s * (b @ a).to(full.dtype)
+        total = total + s * (b @ a).to(W.dtype)
     weight.copy_(total)
 
 @torch.no_grad()
 def unfold(model):
-    """One G -> the exact gradient of every expert. Call it once, after the last backward pass and before
-    the optimizer's step: it overwrites the experts' gradients."""
+    """One G -> the gradient of every expert, exact but for rounding to G's dtype. Call it once, after the
+    last backward pass and before the optimizer's step: it overwrites the experts' gradients."""
     for layer in spread([m for _, m in molf_layers(model) if m.folded]):
         G = layer.weight.grad                                           # (out, in)
         layer.weight.grad = None

@@ -45,7 +45,8 @@ class Expert(NamedTuple):
     v: list
     m_before: list          # Adam's moments before this gradient
     v_before: list
-    weight: torch.Tensor    # (out, in), of the module: W_eff; where LoRA trains beside a frozen W, that W
+    weight: torch.Tensor    # (out, in), model's dtype: W_eff of the module. Where the layer is not folded
+                            # (a frozen W, or dropout) it is W alone.
     rates: torch.Tensor     # (5,): the numbers of this step, see LR to T above
     betas: tuple
     eps: float
@@ -64,7 +65,8 @@ class Expert(NamedTuple):
         return sum(w.numel() for w in self.w)
 
     def adamw_step(self):
-        """What AdamW would add to each parameter now, with bias correction and weight decay: a list."""
+        """What AdamW would add to each parameter now, with bias correction and weight decay: a list. For
+        LoRA these are the steps of A and of B, not the change of W_eff."""
         return [adamw(self, w, m, v) - w for w, m, v in zip(self.w, self.m, self.v)]
 
 def total(tensors):
@@ -177,9 +179,9 @@ def adamw(e, w, m, v):
 
 def observe(e, clip):
     """-> expert e after it has seen its gradient times clip. Nothing is written yet."""
-    g = [x.float() * clip for x in e.g]
-    moments = [adam_moments(*x, *e.betas) for x in zip(g, e.m_before, e.v_before)]
-    return e._replace(g=g, m=[m for m, _ in moments], v=[v for _, v in moments])
+    clipped = [g.float() * clip for g in e.g]
+    moments = [adam_moments(g, m, v, *e.betas) for g, m, v in zip(clipped, e.m_before, e.v_before)]
+    return e._replace(g=clipped, m=[m for m, _ in moments], v=[v for _, v in moments])
 
 def keep_moments(e, ok):
     """Write the new moments over the old ones, where ok (a 0-d bool)."""
@@ -213,8 +215,9 @@ class MoLFAdamW(torch.optim.Optimizer):
     gradients sits the step out. A module with a single expert needs no scores: they are 0.
 
     step(clip=..., ok=...) takes 0-d tensors on the device and never waits for it. clip is a factor of all
-    gradients. Where ok is False, no parameter and no moment changes, though steps are counted. The caller
-    then checks that the scores are finite. Without ok, step() checks it itself."""
+    gradients. Where ok is False, no parameter and no moment changes, but steps and t are counted. Without
+    ok, step() checks that the scores are finite. With it the caller should: a module with a NaN score does
+    not move."""
 
     def __init__(self, groups, lr=5e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
                  score=epd, route=topk, top_k=1):
@@ -245,7 +248,7 @@ class MoLFAdamW(torch.optim.Optimizer):
         self.alone = sorted(set(range(len(groups))) - set(self.routed))
         p = self.param_groups[0]["params"][0]
         self.scores = torch.zeros(len(modules), n, device=p.device)
-        self.gates = torch.full_like(self.scores, n == 1)
+        self.gates = torch.zeros_like(self.scores) if n > 1 else torch.ones_like(self.scores)
         self.steps = torch.zeros((), dtype=torch.long, device=p.device)
 
     @property
@@ -266,7 +269,7 @@ class MoLFAdamW(torch.optim.Optimizer):
             idle = self.scores.isnan().any(dim=-1, keepdim=True)            # (modules, 1): no gradient
             self.gates.copy_(torch.where(ok & ~idle, gates, 0.0))
             for i, gate in spread(zip(self.routed, self.gates.flatten())):
-                move(self.expert(i, rates[i]), gate)        # (now with the new moments)
+                move(self.expert(i, rates[i]), gate)
         for i in spread(self.alone):
             observe_and_move(self.expert(i, rates[i]), clip, ok)
         self.steps += 1
@@ -286,7 +289,8 @@ class MoLFAdamW(torch.optim.Optimizer):
         return score
 
     def expert(self, i, rates):
-        """-> group i as an Expert, with the moments that the state holds at this moment"""
+        """-> group i as an Expert, with what the state holds now: old moments, or new ones after
+        observe_and_score. Its gradient is not clipped yet."""
         group = self.param_groups[i]
         params = [p for p in group["params"] if p.grad is not None]
         state = [self.state[p] for p in params]

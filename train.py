@@ -7,6 +7,8 @@
     python train.py --resume --out runs/mine                            # go on where it was stopped
     python train.py --eval-only runs/mine                               # or any checkpoint: train nothing
     python train.py --model DIR --task sql --dry-run                    # counts, bytes, steps; no weights
+
+The method is `train_step`, which is README's six lines. `train` calls it in a loop, and `run` does the rest.
 """
 import argparse
 import hashlib
@@ -16,9 +18,10 @@ import os
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
-# before torch starts: GPU memory in segments that can grow; micro-batches of many sizes would cut up others
+# Before torch starts: GPU memory in segments that can grow. Batches of many sizes would fragment fixed ones.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 import torch        # noqa: E402
 from safetensors.torch import save_file
@@ -37,15 +40,15 @@ from molf import ROUTES, SCORES, MoLFAdamW, param_groups
 # ------------------------------------------------------------------------------------------------------------
 # flags
 
-# What flags mean that are not given: the paper's settings (arXiv 2605.07111), but for the toy, whose width of
-# 128 wants smaller ranks and larger steps. The epochs are the task's.
-PAPER = dict(lr=5e-5, lora_lr=5e-5, alpha=32)
-PAPER_RANKS = {"fft": [], "lora": [128], "molf": [128], "molf-e": [32, 128]}
-TOY = dict(lr=1e-3, lora_lr=1e-3, alpha=12)
-TOY_RANKS = {"fft": [], "lora": [16], "molf": [16], "molf-e": [4, 16]}
+# Defaults: the paper's (arXiv 2605.07111), and those of the toy, whose width of 128 needs smaller ranks and
+# larger steps. The epochs are the task's.
+PAPER = dict(lr=5e-5, lora_lr=5e-5, alpha=32,
+             ranks={"fft": [], "lora": [128], "molf": [128], "molf-e": [32, 128]})
+TOY = dict(lr=1e-3, lora_lr=1e-3, alpha=12,
+           ranks={"fft": [], "lora": [16], "molf": [16], "molf-e": [4, 16]})
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-OF_THIS_CALL = "out", "overwrite", "resume", "dry_run"                      # say nothing about the run
-# when a run goes on, these may be others than before
+OF_THIS_CALL = "out", "overwrite", "resume", "dry_run"                      # not a part of what the run is
+# --resume may change these
 MAY_CHANGE = OF_THIS_CALL + ("log_every", "save_every", "keep", "device", "eager", "max_tokens")
 EVALUATION_FLAGS = "task", "data", "eval_data", "limit", "eval_limit", "dtype", "max_tokens"
 
@@ -65,7 +68,8 @@ def make_parser():
     add("--route", default="topk", choices=list(ROUTES),
         help="how scores become gates, see molf.py (default: topk)")
     add("--top-k", type=int, default=1, help="experts of a module that move at each step (default: 1)")
-    add("--ranks", type=int, nargs="+", help="of LoRA experts (default: 128; molf-e 32 128; toy 16; 4 16)")
+    add("--ranks", type=int, nargs="+",
+        help="of LoRA experts (default: 128, molf-e 32 128; on the toy 16, molf-e 4 16)")
     add("--alpha", type=float, help="LoRA scale is alpha / sqrt(rank) (default: 32; toy 12)")
     add("--dropout", type=float, default=0.0, help="of LoRA; layers with it cannot be folded (default: 0)")
     add("--rest", choices=["train", "freeze"],
@@ -76,8 +80,8 @@ def make_parser():
     add("--weight-decay", type=float, default=0.1, help="of the full expert and the rest (default: 0.1)")
     add("--lora-weight-decay", type=float, default=0.01, help="of the LoRA experts (default: 0.01)")
     add("--warmup", type=float, default=0.1, help="share of steps with rising lr, then cosine to 0 (0.1)")
-    add("--clip", type=float, default=1.0, help="gradient norm over all experts (default: 1.0)")
-    add("--epochs", type=int, help="(default: 2; toy 10, med and sql 4)")
+    add("--clip", type=float, default=1.0, help="norm of all gradients together (default: 1.0)")
+    add("--epochs", type=int, help="(default: 2; on the toy fact 10, med and sql 4)")
     add("--batch-size", type=int, default=32, help="sequences of an optimizer step (default: 32)")
     add("--max-tokens", type=int, default=16384, help="tokens of a micro-batch, for memory (default: 16384)")
     add("--max-length", type=int, default=1024, help="longer training sequences are skipped (default: 1024)")
@@ -86,7 +90,7 @@ def make_parser():
     add("--eval-limit", type=int, help="evaluate on the first N rows only")
     add("--eval-every", type=int, metavar="N", help="every N steps, evaluate on a tenth of the training rows,"
         " at most 128, that are held out for it (facts: that train as well)")
-    add("--eval-only", metavar="DIR", help="evaluate a checkpoint, or a run as it was before; train nothing")
+    add("--eval-only", metavar="DIR", help="evaluate a checkpoint, or a run with its flags; train nothing")
     add("--export-dtype", default="bf16", choices=list(EXPORT_DTYPES), help="of the model (default: bf16)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=["bfloat16", "float32"],
@@ -166,7 +170,7 @@ def set_defaults(p, a):
             p.error(f"--data {a.data} wants --eval-data FILE: rows of {a.task} to evaluate on")
         a.eval_data = a.data
     defaults = dict(TOY if toy else PAPER)
-    defaults["ranks"] = (TOY_RANKS if toy else PAPER_RANKS)[a.method]
+    defaults["ranks"] = defaults["ranks"][a.method]
     defaults["epochs"] = task.toy_epochs if toy else task.epochs
     defaults["rest"] = "train" if full else "freeze"
     defaults["dtype"] = "bfloat16" if a.device.startswith("cuda") else "float32"
@@ -203,7 +207,7 @@ def refuse_nonsense(p, a):
 
 def grad_norm(optimizer):
     """The norm of all gradients together, 0-d, summed in fp32. In four parts, which lib/fast.py runs side by
-    side."""
+    side: it replaces molf.spread."""
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norms = []
     for part in molf.spread([grads[i::4] for i in range(4)]):
@@ -242,21 +246,20 @@ def make_step(model, optimizer, batches, a):
     """-> step(batch), which trains on a list of examples and returns loss and gradient norm."""
     device = next(model.parameters()).device
     ok = torch.ones((), dtype=torch.bool, device=device)
-
-    def step(micros, n_targets):
-        return train_step(model, optimizer, micros, n_targets, a.clip, ok)
+    step = partial(train_step, model, optimizer, max_norm=a.clip, ok=ok)
+    if device.type == "cuda" and not a.eager:
+        return FastStep(step, model, optimizer, batches, a.max_tokens, a.batch_size)
 
     def plain(batch):
         micros = [to_device(m, device) for m in micro_batches(batch, a.max_tokens)]
         return step(micros, count_targets(batch))
-    if device.type == "cuda" and not a.eager:
-        return FastStep(step, model, optimizer, batches, a.max_tokens, a.batch_size)
     return plain
 
 def train(model, optimizer, examples, a, log=print, held_out=None, checkpoints=None, start=None):
-    """Train `model` on `examples` with the flags `a`. Call log(line, record) every a.log_every steps, and
-    with what held_out() returns every a.eval_every steps. Save to `checkpoints` every a.save_every steps, or
-    when they were asked to leave. start: (step, history) of a checkpoint, to go on from.
+    """Train `model` on `examples` with the flags `a`. Call log(line, record) at the first and the last step
+    and every a.log_every, and with what held_out() returns every a.eval_every steps. Save to `checkpoints`
+    every a.save_every steps, or when a signal asks for it. start: (step, history) of a checkpoint, to go on
+    from.
     -> history: {"gates": (steps, modules, experts), bool where all are 0 or 1, "scores": the same, fp32}"""
     device = next(model.parameters()).device
     total = a.epochs * math.ceil(len(examples) / a.batch_size)
@@ -268,39 +271,40 @@ def train(model, optimizer, examples, a, log=print, held_out=None, checkpoints=N
                                                  last_epoch=first - 1)
     sampled = [layer.weight.detach()[::16] for _, layer in molf_layers(model) if layer.weight.requires_grad]
     do_step = make_step(model, optimizer, (batch_of(i, examples, a) for i in range(first, total)), a)
-    untimed = min(first + 3, total - 1)                 # the first steps compile
+    timed_from = min(first + 3, total - 1)              # the steps before it compile
     tokens, clock = 0, 0.0
     model.train()
     for step in range(first, total):
-        if step == untimed:
+        if step == timed_from:
             tokens, clock = 0, time.perf_counter()
         batch = batch_of(step, examples, a)
         tokens += count_tokens(batch)
-        saving = checkpoints and ((step + 1) % a.save_every == 0 or step == total - 1 or checkpoints.asked)
-        logging = (step + 1) % a.log_every == 0 or step in (first, total - 1) or saving
+        last = step == total - 1
+        looking = held_out and (step + 1) % a.eval_every == 0
+        saving = checkpoints and (last or (step + 1) % a.save_every == 0 or checkpoints.asked)
+        logging = last or step == first or (step + 1) % a.log_every == 0 or looking or saving
         rates = {kind: optimizer.param_groups[i]["lr"] for kind, i in group_of.items()}
-        before = [rows.clone() for rows in sampled] if logging else []
+        before = [rows.clone() for rows in sampled] if logging else []      # (`sampled` are views)
         loss, norm = do_step(batch)
         schedule.step()
+        # a replayed graph overwrites its results, so keep copies
         pending.append([t.clone() for t in (loss, norm, optimizer.gates, optimizer.scores)])
         if logging:
             losses, norms, gates, scores = [torch.stack(x).cpu() for x in zip(*pending)]    # the one sync
             pending = []
-            stop_if_not_finite(step, losses, norms, examples, a)
-            if not scores.isfinite().all():
-                raise FloatingPointError(f"rule {a.score} gave a score that is not finite by step {step + 1}")
+            stop_if_not_finite(step, losses, norms, scores, examples, a)
             parts.append({"gates": gates, "scores": scores})
             if step == 0:
                 warn_of_guessing(losses[0], model.config.vocab_size)
-            seconds = time.perf_counter() - clock if step > untimed else 0.0
+            seconds = time.perf_counter() - clock if step > timed_from else 0.0
             record = dict(step=step + 1, loss=losses[-1].item(), lr=rates, grad_norm=norms[-1].item(),
                           full_share=gates[..., 0].mean().item() if "full" in group_of else 0.0,
                           changed=share_changed(before, sampled),
                           tok_per_s=tokens / seconds if seconds else 0.0,
-                          eta_s=seconds * (total - 1 - step) / max(1, step - untimed + 1),
+                          eta_s=seconds * (total - 1 - step) / max(1, step - timed_from + 1),
                           peak_gb=peak_memory(device))
             log(log_line(record, total), record)
-        if held_out and (step + 1) % a.eval_every == 0:
+        if looking:
             pause = time.perf_counter()
             model.eval()
             line, record = held_out()
@@ -314,7 +318,7 @@ def train(model, optimizer, examples, a, log=print, held_out=None, checkpoints=N
     return joined(parts)
 
 def share_changed(before, after):
-    """Lists of tensors -> the share of their entries that differ; None of no tensors, as on a frozen base."""
+    """Lists of tensors -> the share of their entries that differ. None of empty lists: on a frozen base."""
     if not before:
         return None
     changed = sum((new != old).sum() for new, old in zip(after, before))
@@ -332,17 +336,19 @@ def warn_of_guessing(loss, vocab_size):
         print(f"warning: the first loss is near ln({vocab_size}), as if by guessing: do the weights, the "
               f"tokenizer and the config belong together?")
 
-def stop_if_not_finite(last, losses, norms, examples, a):
-    """losses and norms (n,) of the n steps up to `last`: raise if one is not finite, and name its rows. From
-    that step on nothing has moved."""
+def stop_if_not_finite(last, losses, norms, scores, examples, a):
+    """losses, norms (n,) and scores (n, modules, experts) of the n steps up to `last`: raise if one is not
+    finite. For a loss or a norm, name its rows; from that step on nothing has moved."""
     bad = (~(losses + norms).isfinite()).nonzero()
-    if len(bad) == 0:
-        return
-    i = bad[0].item()
-    step = last + 1 - len(losses) + i
-    rows = ", ".join(str(e.row) for e in batch_of(step, examples, a))
-    raise FloatingPointError(f"stopped at step {step + 1}: loss {losses[i].item()}, gradient norm "
-                             f"{norms[i].item()}; lower --lr and --lora-lr, or look at rows {rows}")
+    if len(bad) > 0:
+        i = bad[0].item()
+        step = last + 1 - len(losses) + i
+        rows = ", ".join(str(e.row) for e in batch_of(step, examples, a))
+        raise FloatingPointError(f"stopped at step {step + 1}: loss {losses[i].item()}, gradient norm "
+                                 f"{norms[i].item()}; nothing has moved since. Lower --lr and --lora-lr, or "
+                                 f"look at rows {rows}")
+    if not scores.isfinite().all():
+        raise FloatingPointError(f"rule {a.score} gave a score that is not finite by step {last + 1}")
 
 # ------------------------------------------------------------------------------------------------------------
 # the run
@@ -372,8 +378,8 @@ def main(argv=None):
     except FloatingPointError as e:
         model.save_pretrained(out / "last-good")
         saved = sorted((out / "checkpoints").glob("*"))
-        sys.exit(f"error: {e}. The model as it was before that step is in {out / 'last-good'}; the last "
-                 f"checkpoint: {saved[-1] if saved else 'none'}")
+        sys.exit(f"error: {e}. The model is in {out / 'last-good'}; the last checkpoint: "
+                 f"{saved[-1] if saved else 'none'}")
     except OSError as e:
         sys.exit(f"error: {e}")
 
@@ -433,7 +439,7 @@ def run(model, tokenizer, rows, a, out):
                           score=SCORES[a.score], route=ROUTES[a.route], top_k=a.top_k)
     module_names = optimizer.module_names
     history, seconds = train_with_checkpoints(model, optimizer, tokenizer, rows, a, out)
-    del optimizer                                               # its moments make room for the export
+    del optimizer                                               # frees its moments before the export
     metadata = {"modules": json.dumps(module_names)}
     save_safely(out / "routing.safetensors", lambda path: save_file(history, path, metadata))
     after, predictions = evaluate(model, tokenizer, task, rows.questions, a.max_tokens)
@@ -450,7 +456,7 @@ def run(model, tokenizer, rows, a, out):
               + "  ".join(f"{kind} {share:.0%}" for kind, share in shares.items()))
     print(f"\nmodel: {out / 'model'}   loss of a batch, trained {losses['trained']:.6f}, exported "
           f"{losses['exported']:.6f}")
-    if losses["exported"] > 1.05 * losses["trained"]:
+    if a.export_dtype == "bf16" and losses["exported"] > 1.05 * losses["trained"]:
         print("bf16 has rounded away a part of what was learnt: --export-dtype fp32 keeps it")
 
 def train_with_checkpoints(model, optimizer, tokenizer, rows, a, out):
@@ -482,8 +488,8 @@ def train_with_checkpoints(model, optimizer, tokenizer, rows, a, out):
         return history, time.perf_counter() - checkpoints.begin
 
 def export(model, rows, a, out):
-    """Write model/, and adapter/ where the base is as it was. -> the loss of a batch with the trained weights
-    and with the exported ones, in arithmetic that is no coarser than they are"""
+    """Write model/, and adapter/ if the base is frozen. -> the loss of a batch with the trained weights, and
+    with the exported ones in the finer of both dtypes"""
     model.save_pretrained(out / "model", EXPORT_DTYPES[a.export_dtype])
     if a.method in ("lora", "molf-e") and a.rest == "freeze":
         local = a.model == "toy" or Path(a.model).exists()

@@ -25,7 +25,8 @@ def learn(score, steps, d, seed):
     gates, losses = [], []
     for _ in range(steps):
         x = torch.randn(64, d)
-        loss = torch.stack([(layer(x) - x @ goal.T).square().mean() for layer, goal in zip(net.values(), goals)])
+        errors = [layer(x) - x @ goal.T for layer, goal in zip(net.values(), goals)]
+        loss = torch.stack([error.square().mean() for error in errors])
         loss.sum().backward()
         unfold(net)
         optimizer.step()
@@ -45,8 +46,8 @@ def verdict(share):
 
 def demo(steps=240, d=64, seed=0):
     torch.set_num_threads(1)                            # the matrices are tiny
-    print(f"Two {d} x {d} linears, each with a full and a LoRA expert of rank 4, learn a change of their weight,\n"
-          f"`rank2` one of rank 2, `dense` one of full rank. Each character stands for {steps // 60} steps:\n"
+    print(f"Two {d} x {d} linears, each with a full and a LoRA expert of rank 4, learn a change of their\n"
+          f"weight, `rank2` one of rank 2, `dense` one of full rank. Each character is {steps // 60} steps:\n"
           f"# the full expert moved     . LoRA moved     + both did, at different steps\n")
     for name, score in SCORES.items():
         gates, losses = learn(score, steps, d, seed)

@@ -33,8 +33,8 @@ def where_gradients_flow(f):
     return run
 
 def compile_block(forward):
-    """Block.forward, compiled. An input that needs no gradient, as the first block's on a frozen base, is made
-    to need one. Otherwise that block alone would be compiled a second time."""
+    """Block.forward, compiled. On a frozen base the first block's input needs no gradient. It is made to
+    need one, or that block alone would be compiled a second time."""
     compiled = where_gradients_flow(forward)
 
     def run(block, x, rope, layout):
@@ -61,7 +61,7 @@ class Streams:
             here.wait_stream(stream)
 
 def fast_parts(cuda):
-    """-> {(module or class, name): what stands there while a fast step runs}. Nothing is compiled before it is
+    """-> {(module or class, name): what stands there while a fast step runs}. It is compiled when it is first
     called. Sums are faster where shapes are constants, so what sums is compiled for each shape by itself."""
     torch.fx.experimental._config.use_duck_shape = False    # sizes that are equal today need not stay so
     torch._dynamo.config.specialize_float = True            # or a LoRA scale would be a tensor, on the CPU
@@ -113,8 +113,8 @@ class FastStep:
     """step(batch) does plain_step(micros, n_targets) of train.py on a list of examples. -> loss and norm, 0-d
     tensors on the device, good until the next step.
 
-    batches: those that will come, from which the sizes are planned. A micro-batch of n tokens is padded to the
-    most targets that any of its size has."""
+    batches: those that will come, from which the sizes are planned. A micro-batch of n tokens is padded to
+    the most targets that any of its size has."""
 
     def __init__(self, plain_step, model, optimizer, batches, max_tokens, batch_size):
         self.plain_step, self.model, self.optimizer = plain_step, model, optimizer
@@ -168,8 +168,8 @@ class FastStep:
             return self.replay(self.recordings[shapes(inputs)], inputs)
 
     def compile_all_sizes(self):
-        """Whatever compiles in the middle of a capture fails. So run forward and backward once with the fewest
-        and once with the most targets."""
+        """Whatever compiles in the middle of a capture fails. So run forward and backward once with the
+        fewest and once with the most targets."""
         for pick in (min, max):
             n = pick(self.targets, key=self.targets.get)
             micros, _ = self.inputs(self.example[n])

@@ -1,4 +1,4 @@
-"""What a run says about itself: how large it is, where it ran, its log lines, tables and results. For train.py."""
+"""What a run says about itself: its size, where it ran, its log lines, tables and results. For train.py."""
 import csv
 import json
 import platform
@@ -18,8 +18,8 @@ from lib.files import save_safely
 from model import LOGIT_ROWS, molf_layers
 from molf import param_groups
 
-CSV_COLUMNS = ("date run task model data eval_data method rest score route top_k ranks alpha lr lora_lr epochs "
-               "batch_size seed rows train_seconds eval_rows eval_seconds").split()
+CSV_COLUMNS = ("date run task model data eval_data method rest score route top_k ranks alpha lr lora_lr "
+               "epochs batch_size seed rows train_seconds eval_rows eval_seconds").split()
 
 def csv_columns():
     metrics = dict.fromkeys(name for task in TASKS.values() for name in task.report)

@@ -1,6 +1,7 @@
 """lib/fast.py against the plain step: compiled on a CPU, captured on a GPU."""
 import argparse
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -39,8 +40,7 @@ def steps_of(method, fast, device, n=4, score="epd", route="topk", lr=1e-4, **op
     batches = [examples[i:i + 8 - (i == 8)] for i in range(0, 8 * n, 8)]        # one is a sequence short
     ok = torch.ones((), dtype=torch.bool, device=device)
 
-    def one_step(micros, n_targets):
-        return train.train_step(model, optimizer, micros, n_targets, a.clip, ok)
+    one_step = partial(train.train_step, model, optimizer, max_norm=a.clip, ok=ok)
     step = FastStep(one_step, model, optimizer, batches, a.max_tokens, a.batch_size) if fast \
         else train.make_step(model, optimizer, batches, a)
     seen = []
