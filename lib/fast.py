@@ -122,8 +122,11 @@ class FastStep:
         self.device = next(model.parameters()).device
         self.cuda = self.device.type == "cuda"
         self.parts = fast_parts(self.cuda)
-        # rows of 8 numbers begin at multiples of 16 bytes; compiled code copies its other inputs first
+        # Compiled code copies an input that does not begin at a multiple of 16 bytes. So each row of rates
+        # has the place of 8 numbers, and each gate that of 4.
         self.rates = torch.zeros(len(optimizer.param_groups), 8, device=self.device)[:, :5]
+        gates = torch.zeros(*optimizer.gates.shape, 4, device=self.device)[..., 0]
+        optimizer.gates = gates.copy_(optimizer.gates)
         self.recordings, self.pool, self.warm = {}, None, False
         self.targets = {}               # tokens of a micro-batch -> the most targets
         self.example = {}               # tokens of a micro-batch -> a batch
