@@ -205,9 +205,8 @@ def move(e, gate):
 
 def observe_and_move(e, clip, ok):
     """Plain AdamW in one pass, for what has no rival."""
-    e = observe(e, clip)
-    move(e, ok.float())
-    keep_moments(e, ok)
+    keep_moments(observe(e, clip), ok)
+    move(e, ok.float())                                 # e.m and e.v, the stored ones, are new now
 
 class MoLFAdamW(torch.optim.Optimizer):
     """AdamW with routing. `groups` come from `param_groups`: one for each expert, and groups of kind "rest",

@@ -246,13 +246,13 @@ def make_step(model, optimizer, batches, a):
     """-> step(batch), which trains on a list of examples and returns loss and gradient norm."""
     device = next(model.parameters()).device
     ok = torch.ones((), dtype=torch.bool, device=device)
-    step = partial(train_step, model, optimizer, max_norm=a.clip, ok=ok)
+    step_on_micros = partial(train_step, model, optimizer, max_norm=a.clip, ok=ok)
     if device.type == "cuda" and not a.eager:
-        return FastStep(step, model, optimizer, batches, a.max_tokens, a.batch_size)
+        return FastStep(step_on_micros, model, optimizer, batches, a.max_tokens, a.batch_size)
 
     def plain(batch):
         micros = [to_device(m, device) for m in micro_batches(batch, a.max_tokens)]
-        return step(micros, count_targets(batch))
+        return step_on_micros(micros, count_targets(batch))
     return plain
 
 def train(model, optimizer, examples, a, log=print, held_out=None, checkpoints=None, start=None):

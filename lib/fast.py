@@ -18,71 +18,60 @@ from typing import NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
-import model
+import model as model_py
 import molf
 from data import count_targets, count_tokens, micro_batches, to_device
 
 STREAMS = 4
 
-def where_gradients_flow(f):
-    """f, compiled for training alone: evaluation has other shapes."""
-    compiled = torch.compile(f, dynamic=True)
-
-    def run(*args):
-        return compiled(*args) if torch.is_grad_enabled() else f(*args)
-    return run
-
 def compile_block(forward):
     """Block.forward, compiled. On a frozen base the first block's input needs no gradient. It is made to
     need one, or that block alone would be compiled a second time."""
-    compiled = where_gradients_flow(forward)
+    compiled = torch.compile(forward, dynamic=True)
 
-    def run(block, x, rope, layout):
-        if torch.is_grad_enabled() and not x.requires_grad:
+    def run(block, x, cos_sin, layout):
+        if not x.requires_grad:
             x = x.detach().requires_grad_()
-        return compiled(block, x, rope, layout)
+        return compiled(block, x, cos_sin, layout)
     return run
 
-class Streams:
-    """spread(items) yields each item with another CUDA stream as the current one. The code behind the loop
-    waits for all of them."""
+def spread_over(streams, items):
+    """Yield each item with another CUDA stream as the current one: the current one and `streams`, round
+    robin. The code after the loop waits for all of them."""
+    here = torch.cuda.current_stream()
+    for stream in streams:
+        stream.wait_stream(here)
+    for item, stream in zip(items, cycle([here, *streams])):
+        with torch.cuda.stream(stream):
+            yield item
+    for stream in streams:
+        here.wait_stream(stream)
 
-    def __init__(self):
-        self.side = [torch.cuda.Stream() for _ in range(STREAMS - 1)]
-
-    def __call__(self, items):
-        here = torch.cuda.current_stream()
-        for stream in self.side:
-            stream.wait_stream(here)
-        for item, stream in zip(items, cycle([here, *self.side])):
-            with torch.cuda.stream(stream):
-                yield item
-        for stream in self.side:
-            here.wait_stream(stream)
+def configure_compiler():
+    torch.fx.experimental._config.use_duck_shape = False    # sizes that are equal today need not stay so
+    torch._dynamo.config.specialize_float = True            # or a LoRA scale would be a tensor, on the CPU
+    torch._dynamo.config.recompile_limit = 64               # versions of a function: one for each shape
 
 def fast_parts(cuda):
     """-> {(module or class, name): what stands there while a fast step runs}. It is compiled when it is first
     called. Sums are faster where shapes are constants, so what sums is compiled for each shape by itself."""
-    torch.fx.experimental._config.use_duck_shape = False    # sizes that are equal today need not stay so
-    torch._dynamo.config.specialize_float = True            # or a LoRA scale would be a tensor, on the CPU
-    torch._dynamo.config.recompile_limit = 64               # versions of a function: one for each shape
     shape_by_shape = partial(torch.compile, dynamic=False)
     all_shapes = partial(torch.compile, dynamic=True)
     parts = {
-        (model.Block, "forward"): compile_block(model.Block.forward),
-        (model, "cross_entropy"): where_gradients_flow(model.cross_entropy),
-        (model, "lora_gradients"): shape_by_shape(model.lora_gradients),
-        (model, "fold_layer"): shape_by_shape(model.fold_layer),
+        (model_py.Block, "forward"): compile_block(model_py.Block.forward),
+        (model_py, "cross_entropy"): all_shapes(model_py.cross_entropy),
+        (model_py, "lora_gradients"): shape_by_shape(model_py.lora_gradients),
+        (model_py, "fold_layer"): shape_by_shape(model_py.fold_layer),
         (molf, "observe_and_score"): shape_by_shape(molf.observe_and_score),
         (molf, "move"): all_shapes(molf.move),
         (molf, "observe_and_move"): all_shapes(molf.observe_and_move),
     }
     if cuda:
-        streams = Streams()
-        parts[model, "spread"] = streams
-        parts[molf, "spread"] = streams
+        spread = partial(spread_over, [torch.cuda.Stream() for _ in range(STREAMS - 1)])
+        parts[model_py, "spread"] = spread
+        parts[molf, "spread"] = spread
         # a graph can't wind random numbers back; without dropout there are none
-        parts[model, "checkpoint"] = partial(checkpoint, preserve_rng_state=False)
+        parts[model_py, "checkpoint"] = partial(checkpoint, preserve_rng_state=False)
     return parts
 
 @contextmanager
@@ -98,7 +87,8 @@ def replaced(parts):
             setattr(owner, name, part)
 
 def padded(n):
-    """n rounded up to a 128th of the next power of two, or to 16: few sizes, below 1.6 % more from 1,024."""
+    """n rounded up to a multiple of 16, or of a 128th of the next power of two if that is more. So there are
+    few sizes, and from 1,024 on the padding is below 1.6 %."""
     unit = max(16, (1 << (n - 1).bit_length()) // 128)
     return -(-n // unit) * unit
 
@@ -110,17 +100,19 @@ class Recording(NamedTuple):
     results: tuple
 
 class FastStep:
-    """step(batch) does plain_step(micros, n_targets) of train.py on a list of examples. -> loss and norm, 0-d
-    tensors on the device, good until the next step.
+    """step(batch) does step_on_micros(micros, n_targets), train.py's, on a list of examples. -> loss and
+    norm, 0-d tensors on the device, good until the next step.
 
     batches: those that will come, from which the sizes are planned. A micro-batch of n tokens is padded to
     the most targets that any of its size has."""
 
-    def __init__(self, plain_step, model, optimizer, batches, max_tokens, batch_size):
-        self.plain_step, self.model, self.optimizer = plain_step, model, optimizer
+    def __init__(self, step_on_micros, model, optimizer, batches, max_tokens, batch_size):
+        self.step_on_micros = step_on_micros
+        self.model, self.optimizer = model, optimizer
         self.max_tokens, self.batch_size = max_tokens, batch_size
         self.device = next(model.parameters()).device
         self.cuda = self.device.type == "cuda"
+        configure_compiler()
         self.parts = fast_parts(self.cuda)
         # Compiled code copies an input that does not begin at a multiple of 16 bytes. So each row of rates
         # has the place of 8 numbers, and each gate that of 4.
@@ -138,7 +130,8 @@ class FastStep:
             self.example[n] = batch
             self.targets[n] = max(self.targets.get(n, 0), *(padded(count_targets(m)) for m in micros))
             for micro in micros:
-                self.longest = max(self.longest, n - count_tokens(micro), *(len(e.ids) for e in micro))
+                filler = n - count_tokens(micro)        # the padding is one more sequence
+                self.longest = max(self.longest, filler, *(len(e.ids) for e in micro))
 
     def cut(self, batch):
         """-> n, micro-batches: as few as fit into max_tokens, as even as can be, all to be padded to n."""
@@ -146,7 +139,7 @@ class FastStep:
         few = len(list(micro_batches(batch, limit)))
         limit = count_tokens(batch) // few
         while len(micros := list(micro_batches(batch, limit))) > few:
-            limit = padded(limit + 1)
+            limit = min(self.max_tokens, padded(limit + 1))
         return padded(max(map(count_tokens, micros))), micros
 
     def inputs(self, batch):
@@ -154,7 +147,7 @@ class FastStep:
         n, micros = self.cut(batch)
         size = n, self.batch_size + 1, self.targets[n], self.longest
         n_targets = torch.tensor(float(count_targets(batch)))
-        return [to_device(m, self.device, size) for m in micros], model.on_device(n_targets, self.device)
+        return [to_device(m, self.device, size) for m in micros], model_py.on_device(n_targets, self.device)
 
     def __call__(self, batch):
         with replaced(self.parts):
@@ -163,16 +156,17 @@ class FastStep:
                 self.compile_all_sizes()
             if not self.cuda or not self.warm:          # the first step compiles what is left
                 self.warm = True
-                return self.plain_step(*inputs)
+                return self.step_on_micros(*inputs)
             if not self.recordings:                     # the largest first: others then fit into its memory
                 self.record(self.inputs(self.largest))
-            if shapes(inputs) not in self.recordings:
+            key = shapes(inputs)
+            if key not in self.recordings:
                 self.record(inputs)
-            return self.replay(self.recordings[shapes(inputs)], inputs)
+            return self.replay(self.recordings[key], inputs)
 
     def compile_all_sizes(self):
         """Whatever compiles in the middle of a capture fails. So run forward and backward once with the
-        fewest and once with the most targets."""
+        fewest and once with the most targets: more than LOGIT_ROWS take another path."""
         for pick in (min, max):
             n = pick(self.targets, key=self.targets.get)
             micros, _ = self.inputs(self.example[n])
@@ -184,12 +178,12 @@ class FastStep:
         """Capture what the device has to do for inputs of these shapes. It is not done yet."""
         graph, seen = torch.cuda.CUDAGraph(), []
 
-        def rates(groups):      # they change at every step: replay writes them into self.rates
+        def rates(groups):      # called once, in the capture; replay writes each step's numbers to self.rates
             seen.extend(groups)
             return self.rates
         with replaced({(self.optimizer, "rates"): rates}):
             with torch.cuda.graph(graph, pool=self.pool):
-                results = self.plain_step(*inputs)
+                results = self.step_on_micros(*inputs)
         self.pool = graph.pool()                        # all graphs share their memory
         self.recordings[shapes(inputs)] = Recording(graph, tensors(inputs), seen, results)
 

@@ -27,7 +27,7 @@ def csv_columns():
 
 def refuse_other_columns(table):
     """FileExistsError if results.csv was written by a version with other columns."""
-    if table.exists() and table.open().readline().strip() != ",".join(csv_columns()):
+    if table.exists() and table.read_text().partition("\n")[0].strip() != ",".join(csv_columns()):
         raise FileExistsError(f"{table} has other columns than this version writes: move it away")
 
 def provenance():
@@ -35,7 +35,7 @@ def provenance():
     if shutil.which("git"):
         command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
         result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-        git = result.stdout.strip()
+        git = result.stdout.strip() or None
     return dict(argv=sys.argv, git=git, python=platform.python_version(),
                 gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
                 torch=torch.__version__, threads=torch.get_num_threads(),
@@ -49,18 +49,12 @@ def peak_memory(device):
 
 def count_parameters(model):
     """{"full": n, "lora 128": n, "rest": n, "frozen": n}: a folded weight is counted as its full expert."""
-    counts, seen = Counter(), set()
-    for _, layer in molf_layers(model):
-        for kind, _, params in layer.experts():
-            name = kind if kind == "full" else f"lora {len(params[0])}"
-            counts[name] += sum(p.numel() for p in params)
-            seen.update(params)
-        if layer.folded:
-            seen.add(layer.weight)
-    for p in model.parameters():
-        if p not in seen:
-            counts["rest" if p.requires_grad else "frozen"] += p.numel()
-    return dict(counts)
+    counts = Counter()
+    for group in param_groups(model):
+        name = f"lora {len(group['params'][0])}" if group["kind"] == "lora" else group["kind"]
+        counts[name] += sum(p.numel() for p in group["params"])
+    counts["frozen"] = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    return dict(+counts)
 
 def estimate_bytes(model, a, tokens):
     """What training keeps on the device, by kind, with micro-batches of `tokens` tokens. Activations are
