@@ -173,26 +173,26 @@ def adam_moments(g, m, v, beta1, beta2):
     return torch.lerp(m, g, 1 - beta1), torch.addcmul(v * beta2, g, g, value=1 - beta2)
 
 def adamw(e, w, m, v):
-    """-> w after AdamW's step. The bias of a full expert does not decay."""
-    decay = 1.0 if e.kind == "full" and w.dim() == 1 else e.rates[DECAY]
+    """-> w after AdamW's step. Vectors, as the bias of a full expert, do not decay."""
+    decay = e.rates[DECAY] if w.dim() > 1 else 1.0
     return w * decay - e.rates[STEP_SIZE] * m / (v.sqrt() / e.rates[CORRECTION] + e.eps)
 
 def observe(e, clip):
-    """-> expert e after it has seen its gradient times clip. Nothing is written yet."""
+    """Expert e sees its gradient times clip. -> clipped gradients, new m, new v; nothing is written yet"""
     clipped = [g.float() * clip for g in e.g]
-    moments = [adam_moments(g, m, v, *e.betas) for g, m, v in zip(clipped, e.m_before, e.v_before)]
-    return e._replace(g=clipped, m=[m for m, _ in moments], v=[v for _, v in moments])
+    moments = [adam_moments(g, m, v, *e.betas) for g, m, v in zip(clipped, e.m, e.v)]
+    return clipped, [m for m, _ in moments], [v for _, v in moments]
 
-def keep_moments(e, ok):
-    """Write the new moments over the old ones, where ok (a 0-d bool)."""
-    for old, new in zip(e.m_before + e.v_before, e.m + e.v):
+def write_moments(e, m, v, ok):
+    """Over the old ones, where ok (a 0-d bool)."""
+    for old, new in zip(e.m + e.v, m + v):
         old.copy_(torch.where(ok, new, old))
 
 def observe_and_score(score, e, clip, ok):
     """The first pass over an expert that has rivals. -> its score"""
-    e = observe(e, clip)
-    value = score(e)
-    keep_moments(e, ok)
+    g, m, v = observe(e, clip)
+    value = score(e._replace(g=g, m=m, v=v))            # m_before and v_before are still the old ones
+    write_moments(e, m, v, ok)
     return value
 
 def move(e, gate):
@@ -205,13 +205,15 @@ def move(e, gate):
 
 def observe_and_move(e, clip, ok):
     """Plain AdamW in one pass, for what has no rival."""
-    keep_moments(observe(e, clip), ok)
+    _, m, v = observe(e, clip)
+    write_moments(e, m, v, ok)
     move(e, ok.float())                                 # e.m and e.v, the stored ones, are new now
 
 class MoLFAdamW(torch.optim.Optimizer):
     """AdamW with routing. `groups` come from `param_groups`: one for each expert, and groups of kind "rest",
     which are not routed. score and route are functions as above; top_k goes to route. A module without
-    gradients sits the step out. A module with a single expert needs no scores: they are 0.
+    gradients sits the step out. A module with a single expert needs no scores: they are 0. Vectors (biases,
+    norms) do not decay.
 
     step(clip=..., ok=...) takes 0-d tensors on the device and never waits for it. clip is a factor of all
     gradients. Where ok is False, no parameter and no moment changes, but steps and t are counted. Without
