@@ -36,6 +36,7 @@ from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
+from lib.config import parse_config
 from lib.files import find_checkpoint, save_safely, weight_files
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -44,17 +45,7 @@ LOGIT_ROWS = 2048       # rows of logits in one piece of the loss: 2048 x 262k (
 GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 # ------------------------------------------------------------------------------------------------------------
-# configuration: a Hugging Face config.json, old or new spelling
-
-# What config.json may leave out (the multimodal Gemma-3 files state only what differs from these).
-QWEN = dict(rms_norm_eps=1e-6, max_position_embeddings=32768, tie_word_embeddings=False, hidden_act="silu",
-            rope_theta=10000.0)
-GEMMA = dict(vocab_size=262208, num_attention_heads=8, num_key_value_heads=4, head_dim=256, rms_norm_eps=1e-6,
-             max_position_embeddings=131072, tie_word_embeddings=True, hidden_activation="gelu_pytorch_tanh",
-             rope_theta=1e6, rope_local_base_freq=1e4, query_pre_attn_scalar=256, sliding_window=4096,
-             sliding_window_pattern=6, bos_token_id=2, eos_token_id=1, pad_token_id=0)
-COPIED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-          "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings")
+# configuration
 
 @dataclass
 class Config:
@@ -78,54 +69,8 @@ class Config:
 
     @classmethod
     def from_dict(cls, raw):
-        """From a parsed config.json; ValueError for another family, or for what is not built here."""
-        if raw.get("model_type") == "gemma3" and "text_config" in raw:      # multimodal: take its text part
-            keys = {"eos_token_id", "bos_token_id", "pad_token_id", "tie_word_embeddings",
-                    "torch_dtype", "dtype"}
-            raw = {k: raw[k] for k in keys & set(raw)} | raw["text_config"] | {"model_type": "gemma3_text"}
-        if raw.get("model_type") not in ("qwen2", "gemma3_text"):
-            raise ValueError(f"model_type {raw.get('model_type')!r} is not supported: qwen2 (Qwen2.5) and "
-                             f"gemma3_text (Gemma-3) are")
-        gemma = raw["model_type"] == "gemma3_text"
-        given, raw = raw, (GEMMA if gemma else QWEN) | raw
-        if missing := [k for k in COPIED if raw.get(k) is None]:
-            raise ValueError(f"config.json lacks {', '.join(missing)}")
-        act = raw["hidden_activation" if gemma else "hidden_act"]
-        if act != ("gelu_pytorch_tanh" if gemma else "silu"):
-            raise ValueError(f"activation {act!r} is not supported in {raw['model_type']}")
-        for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
-            if raw.get(key):
-                raise ValueError(f"{key} = {raw[key]} is not supported")
-        n, heads, types = raw["num_hidden_layers"], raw["num_attention_heads"], raw.get("layer_types")
-        head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
-        if types is None and gemma:     # every sixth layer is global
-            every = raw.get("_sliding_window_pattern") or raw["sliding_window_pattern"]
-            types = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(n)]
-        elif types is None:             # Qwen's sliding window is off in the released models
-            first = raw.get("max_window_layers", n) if raw.get("use_sliding_window") else n
-            types = ["sliding_attention" if i >= first else "full_attention" for i in range(n)]
-        return cls(gemma=gemma, head_dim=head_dim, raw=given,
-                   num_key_value_heads=raw.get("num_key_value_heads") or heads,
-                   softmax_scale=(raw["query_pre_attn_scalar"] if gemma else head_dim) ** -0.5,
-                   layer_types=types, sliding_window=raw.get("sliding_window") or 0,
-                   rope={t: rope_of(raw, t, gemma) for t in set(types)},
-                   dtype=getattr(torch, raw.get("dtype") or raw.get("torch_dtype") or "float32"),
-                   **{k: raw[k] for k in COPIED})
-
-def rope_of(raw, layer_type, gemma):
-    """(theta, factor) of a layer type. New files: rope_parameters, in Gemma one for each layer type. Old:
-    rope_theta and rope_scaling, which in Gemma speak of the global layers only."""
-    if raw.get("rope_parameters"):
-        params = raw["rope_parameters"].get(layer_type, raw["rope_parameters"])
-    elif gemma and layer_type == "sliding_attention":
-        params = {"rope_theta": raw["rope_local_base_freq"]}
-    else:
-        params = {"rope_theta": raw["rope_theta"]} | (raw.get("rope_scaling") or {})
-    kind = params.get("rope_type") or params.get("type") or "default"
-    if kind not in ("default", "linear"):
-        raise ValueError(f"rope scaling {kind!r} is not supported (default and linear are): take it out of "
-                         f"config.json to run the model unscaled")
-    return params["rope_theta"], params["factor"] if kind == "linear" else 1.0
+        """From a parsed config.json, in its old or new spelling. ValueError for what is not built here."""
+        return cls(**parse_config(raw))
 
 # ------------------------------------------------------------------------------------------------------------
 # Who attends to whom. A layout has pos (N,), the position of each token in its sequence, and
