@@ -4,9 +4,7 @@
     TASKS["med"].pair(row)                  -> prompt, target: the one function that makes a prompt
     encode(tokenizer, prompt, target)       -> Example: token ids, and where the target begins
     read_data(flags, tokenizer)             -> Rows: the examples and questions of a whole run
-    batch_of(step, examples, flags)         -> the examples of an optimizer step
-    micro_batches(examples, max_tokens)     -> lists of them that fit into memory
-    to_device(examples, device)             -> one row of tokens, not padded: the arguments of the loss
+    batch_of, micro_batches, to_device      -> the examples of a step, as rows of tokens on the device
 
 A new task is one more entry in TASKS, at the end.
 """
@@ -105,7 +103,7 @@ def load_rows(name, split, source="hub", limit=None):
 class Example(NamedTuple):
     ids: list           # prompt, target, EOS
     n_prompt: int       # tokens of the prompt (with BOS); the rest is the target, the only part with a loss
-    row: int            # place of its row in the data, to name it in messages
+    row: int            # its number among the rows that have an answer, from 0, to name it in messages
 
 class Question(NamedTuple):
     """What evaluation puts to a model: a prompt to continue, and answers to score."""
@@ -120,7 +118,7 @@ class Scored(NamedTuple):
     choices: list       # log-probabilities there of the first tokens of Task.choices
 
 def encode_prompt(tokenizer, prompt):
-    """BOS, where the family has one (Gemma: exactly one, or the loss doubles; Qwen: none), and the prompt."""
+    """The prompt, after BOS if the family has one: Gemma has, and its loss nearly doubles without it."""
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     return bos + tokenizer.encode(prompt)
 
@@ -161,7 +159,8 @@ def read_training(a, tokenizer, skipped):
     task = TASKS[a.task]
     example = lambda i, row: encode(tokenizer, *task.pair(row), row=i)
     both = lambda i, row: (example(i, row), ask(tokenizer, task, row, i))
-    rows, skipped["training rows without an answer"] = load_rows(a.task, "train", a.data, a.limit)
+    rows, unusable = load_rows(a.task, "train", a.data, a.limit)
+    skipped["training rows without an answer"] = unusable
     if not rows:
         raise ValueError(f"{a.data}: no row has an answer")
     n = max(1, min(128, len(rows) // 10)) if a.eval_every else 0
@@ -183,7 +182,8 @@ def read_data(a, tokenizer):
     question = lambda i, row: ask(tokenizer, task, row, i)
     examples, held_out = ([], []) if a.eval_only else read_training(a, tokenizer, skipped)
     limit = a.limit if task.tests_training_rows and a.eval_data == a.data else None
-    rows, skipped["evaluation rows without an answer"] = load_rows(a.task, "test", a.eval_data, limit)
+    rows, unusable = load_rows(a.task, "test", a.eval_data, limit)
+    skipped["evaluation rows without an answer"] = unusable
     questions = encodable("evaluation", dict(enumerate(rows[:a.eval_limit])), question, skipped)
     if not questions:
         raise ValueError(f"{a.eval_data}: no row is left to evaluate on")

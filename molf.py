@@ -19,7 +19,6 @@ plain AdamW step. All arithmetic is fp32; the state holds an fp32 master copy of
 
     optimizer = MoLFAdamW(param_groups(model, lr=5e-5, lora_lr=5e-5), score=epd, route=topk, top_k=1)
     optimizer.gates, optimizer.scores           # (modules, experts) of the last step, on the device
-
     python molf.py                              # a demonstration: which expert moves where, rule by rule
 """
 from typing import NamedTuple

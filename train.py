@@ -32,8 +32,8 @@ from data import Tokenizer, batch_of, count_targets, count_tokens, micro_batches
 from lib.evaluate import batch_loss, evaluate, flat
 from lib.fast import FastStep
 from lib.files import Checkpoints, find_checkpoint, only_one, run_flags, save_safely
-from lib.report import (count_parameters, first_share, log_line, peak_memory, print_bytes, provenance,
-                        refuse_other_columns, report, sample)
+from lib.report import (count_parameters, log_line, peak_memory, print_bytes, print_summary, provenance,
+                        refuse_other_columns, report, sample, share_changed, warn_of_guessing)
 from model import Transformer, add_experts, fold, molf_layers, read_config, unfold
 from molf import ROUTES, SCORES, MoLFAdamW, param_groups
 
@@ -317,24 +317,12 @@ def train(model, optimizer, examples, a, log=print, held_out=None, checkpoints=N
     model.eval()
     return joined(parts)
 
-def share_changed(before, after):
-    """Lists of tensors -> the share of their entries that differ. None of empty lists: on a frozen base."""
-    if not before:
-        return None
-    changed = sum((new != old).sum() for new, old in zip(after, before))
-    return changed.item() / sum(t.numel() for t in before)
-
 def joined(parts):
     history = {name: torch.cat([part[name] for part in parts]) for name in ("gates", "scores")}
     gates = history["gates"]
     if ((gates == 0) | (gates == 1)).all():
         history["gates"] = gates.bool()
     return history
-
-def warn_of_guessing(loss, vocab_size):
-    if abs(loss / math.log(vocab_size) - 1) < 0.05:
-        print(f"warning: the first loss is near ln({vocab_size}), as if by guessing: do the weights, the "
-              f"tokenizer and the config belong together?")
 
 def stop_if_not_finite(last, losses, norms, scores, examples, a):
     """losses, norms (n,) and scores (n, modules, experts) of the n steps up to `last`: raise if one is not
@@ -448,16 +436,7 @@ def run(model, tokenizer, rows, a, out):
     report(out, a, results, predictions, len(rows.examples))
     shutil.rmtree(out / "checkpoints", ignore_errors=True)      # finished: results.json says so
     first_result.unlink()
-    if history["gates"].shape[-1] > 1:
-        first = "full" if a.method == "molf" else f"rank-{a.ranks[0]}"
-        shares = first_share(history["gates"], module_names)
-        what = "steps won by" if history["gates"].dtype == torch.bool else "mean gate of"
-        print(f"\n{what} the {first} expert:  "
-              + "  ".join(f"{kind} {share:.0%}" for kind, share in shares.items()))
-    print(f"\nmodel: {out / 'model'}   loss of a batch, trained {losses['trained']:.6f}, exported "
-          f"{losses['exported']:.6f}")
-    if a.export_dtype == "bf16" and losses["exported"] > 1.05 * losses["trained"]:
-        print("bf16 has rounded away a part of what was learnt: --export-dtype fp32 keeps it")
+    print_summary(history["gates"], module_names, losses, a, out)
 
 def train_with_checkpoints(model, optimizer, tokenizer, rows, a, out):
     """train(), from the newest checkpoint where the run is resumed, with its log. -> history, seconds"""

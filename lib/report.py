@@ -1,6 +1,7 @@
 """What a run says about itself: its size, where it ran, its log lines, tables and results. For train.py."""
 import csv
 import json
+import math
 import platform
 import resource
 import shutil
@@ -146,3 +147,28 @@ def print_metrics(before, after):
         if n or was:
             print(f"# {name:26s}{was:8}{n:8d}")
     print(f"evaluated in {after['seconds']:.1f} s")
+
+def share_changed(before, after):
+    """Lists of tensors -> the share of their entries that differ. None of empty lists: on a frozen base."""
+    if not before:
+        return None
+    changed = sum((new != old).sum() for new, old in zip(after, before))
+    return changed.item() / sum(t.numel() for t in before)
+
+def warn_of_guessing(loss, vocab_size):
+    if abs(loss / math.log(vocab_size) - 1) < 0.05:
+        print(f"warning: the first loss is near ln({vocab_size}), as if by guessing: do the weights, the "
+              f"tokenizer and the config belong together?")
+
+def print_summary(gates, module_names, losses, a, out):
+    """The last lines of a run: who moved, where the model is, and whether its export lost something."""
+    if gates.shape[-1] > 1:
+        first = "full" if a.method == "molf" else f"rank-{a.ranks[0]}"
+        what = "steps won by" if gates.dtype == torch.bool else "mean gate of"
+        shares = first_share(gates, module_names)
+        print(f"\n{what} the {first} expert:  "
+              + "  ".join(f"{kind} {share:.0%}" for kind, share in shares.items()))
+    trained, exported = losses["trained"], losses["exported"]
+    print(f"\nmodel: {out / 'model'}   loss of a batch, trained {trained:.6f}, exported {exported:.6f}")
+    if a.export_dtype == "bf16" and exported > 1.05 * trained:
+        print("bf16 has rounded away a part of what was learnt: --export-dtype fp32 keeps it")
