@@ -23,7 +23,6 @@ and parameters are Hugging Face's, so loading and saving need no table of names.
 import inspect
 import json
 import math
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from lib.config import parse_config
-from lib.files import find_checkpoint, save_safely, weight_files
+from lib.files import copy_companions, find_checkpoint, finite, save_safely, weight_files
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LOGIT_ROWS = 2048       # rows of logits in one piece of the loss: 2048 x 262k (Gemma) in fp32 is 2 GiB
@@ -381,10 +380,7 @@ class Transformer(nn.Module):
         raw["architectures"] = ["Gemma3ForCausalLM" if self.config.gemma else "Qwen2ForCausalLM"]
         raw["torch_dtype"] = str(dtype).removeprefix("torch.")
         if self.source and self.source.resolve() != directory.resolve():
-            for f in self.source.iterdir():
-                of_weights = f.name == "config.json" or f.name.endswith(".index.json")
-                if f.suffix in (".json", ".txt", ".model", ".jinja") and not of_weights:
-                    shutil.copyfile(f, directory / f.name)
+            copy_companions(self.source, directory)
         save_safely(directory / "model.safetensors", lambda path: save_file(state, path, {"format": "pt"}))
         save_safely(directory / "config.json", json.dumps(raw, indent=2) + "\n")
         (directory / "model.safetensors.index.json").unlink(missing_ok=True)    # of shards that stood here
@@ -570,7 +566,7 @@ def load_weights(model, directory, dtype, device):
     """Fill a model on the meta device from safetensors; every tensor is accounted for. Of a multimodal
     Gemma-3 the text part is taken, under either of its two prefixes."""
     want = dict(model.named_parameters())
-    got, unexpected, wrong = {}, [], []
+    got, unexpected, wrong, head = {}, [], [], None
     for file in weight_files(directory):
         try:
             with safe_open(file, "pt", device=str(device)) as f:
@@ -579,14 +575,15 @@ def load_weights(model, directory, dtype, device):
                         continue
                     name = key.replace("model.language_model.", "model.").removeprefix("language_model.")
                     if name == "lm_head.weight" and model.config.tie_word_embeddings:
-                        continue        # a copy of the embedding
+                        head = f.get_tensor(key)        # must be a copy of the embedding
+                        continue
                     shape = f.get_slice(key).get_shape()
                     if name not in want:
                         unexpected.append(name)
                     elif shape != list(want[name].shape):
                         wrong.append(f"{name} is {shape}, not {list(want[name].shape)}")
                     else:
-                        got[name] = nn.Parameter(f.get_tensor(key).to(dtype))
+                        got[name] = nn.Parameter(finite(name, f.get_tensor(key)).to(dtype))
         except SafetensorError as e:
             raise ValueError(f"{file} is not a whole safetensors file ({e}): get it again") from e
     missing = [name for name in want if name not in got]
@@ -595,6 +592,9 @@ def load_weights(model, directory, dtype, device):
         if names:
             raise ValueError(f"{directory}: {len(names)} {what}: {', '.join(names[:5])}; do config.json and "
                              f"the weights belong together?")
+    if head is not None and not torch.equal(head.to(dtype), got["model.embed_tokens.weight"]):
+        raise ValueError(f"{directory}: lm_head.weight differs from the embedding, but config.json ties them: "
+                         f"set tie_word_embeddings to false there to use it")
     model.load_state_dict(got, assign=True)
 
 def main(argv):

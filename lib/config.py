@@ -8,6 +8,8 @@ GEMMA = dict(vocab_size=262208, num_attention_heads=8, num_key_value_heads=4, he
              max_position_embeddings=131072, tie_word_embeddings=True, hidden_activation="gelu_pytorch_tanh",
              rope_theta=1e6, rope_local_base_freq=1e4, query_pre_attn_scalar=256, sliding_window=4096,
              sliding_window_pattern=6, bos_token_id=2, eos_token_id=1, pad_token_id=0)
+SIZES = dict(vocab_size=10 ** 7, hidden_size=10 ** 6, intermediate_size=10 ** 7, num_hidden_layers=1000,
+             num_attention_heads=10 ** 4, max_position_embeddings=10 ** 9)         # the largest that make sense
 COPIED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
           "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings")
 
@@ -25,6 +27,12 @@ def parse_config(raw):
     given, raw = raw, (GEMMA if gemma else QWEN) | raw
     if missing := [k for k in COPIED if raw.get(k) is None]:
         raise ValueError(f"config.json lacks {', '.join(missing)}")
+    for key, most in SIZES.items():
+        if type(raw.get(key, 1)) is not int or not 0 < raw.get(key, 1) <= most:
+            raise ValueError(f"{key} = {raw[key]!r} is not a whole number from 1 to {most:,}")
+    if raw.get("quantization_config"):
+        raise ValueError("quantization_config: quantised weights are not supported; get the checkpoint from "
+                         "before they were quantised")
     act = raw["hidden_activation" if gemma else "hidden_act"]
     if act != ("gelu_pytorch_tanh" if gemma else "silu"):
         raise ValueError(f"activation {act!r} is not supported in {raw['model_type']}")
@@ -39,25 +47,37 @@ def parse_config(raw):
     elif types is None:             # Qwen's sliding window is off in the released models
         first = raw.get("max_window_layers", n) if raw.get("use_sliding_window") else n
         types = ["sliding_attention" if i >= first else "full_attention" for i in range(n)]
+    unknown = set(types) - {"full_attention", "sliding_attention"}
+    if unknown or len(types) != n:
+        raise ValueError(f"layer_types has {len(types)} entries for {n} layers" if not unknown else
+                         f"layer_types {', '.join(map(repr, unknown))}: only full_attention and "
+                         f"sliding_attention are supported")
     return dict(gemma=gemma, head_dim=head_dim, raw=given,
                num_key_value_heads=raw.get("num_key_value_heads") or heads,
                softmax_scale=(raw["query_pre_attn_scalar"] if gemma else head_dim) ** -0.5,
                layer_types=types, sliding_window=raw.get("sliding_window") or 0,
                rope={t: rope_of(raw, t, gemma) for t in set(types)},
-               dtype=getattr(torch, raw.get("dtype") or raw.get("torch_dtype") or "float32"),
+               dtype=dtype_of(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
                **{k: raw[k] for k in COPIED})
 
+def dtype_of(name):
+    dtype = getattr(torch, str(name).removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype {name!r} is not a floating point type of torch")
+    return dtype
+
 def rope_of(raw, layer_type, gemma):
-    """(theta, factor) of a layer type. New files: rope_parameters, in Gemma one for each layer type. Old:
-    rope_theta and rope_scaling, which in Gemma speak of the global layers only."""
-    if raw.get("rope_parameters"):
-        params = raw["rope_parameters"].get(layer_type, raw["rope_parameters"])
-    elif gemma and layer_type == "sliding_attention":
-        params = {"rope_theta": raw["rope_local_base_freq"]}
-    else:
-        params = {"rope_theta": raw["rope_theta"]} | (raw.get("rope_scaling") or {})
+    """(theta, factor) of a layer type, as transformers reads them. New files have rope_parameters, in Gemma
+    one for each layer type, and old ones rope_theta and rope_scaling. Where a file has both, rope_scaling
+    wins. In Gemma it speaks of the global layers only."""
+    local = gemma and layer_type == "sliding_attention"
+    params = raw.get("rope_parameters") or {}
+    params = dict(params.get(layer_type) or params)
+    if raw.get("rope_scaling") and not local:
+        params = (params if gemma else {}) | raw["rope_scaling"]
+    theta = params.get("rope_theta", raw["rope_local_base_freq" if local else "rope_theta"])
     kind = params.get("rope_type") or params.get("type") or "default"
     if kind not in ("default", "linear"):
         raise ValueError(f"rope scaling {kind!r} is not supported (default and linear are): take it out of "
                          f"config.json to run the model unscaled")
-    return params["rope_theta"], params["factor"] if kind == "linear" else 1.0
+    return theta, params["factor"] if kind == "linear" else 1.0

@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import time
 import urllib.request
@@ -17,6 +18,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+# what belongs to a tokenizer or to generation, and travels with an export
+COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
+              "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+              "generation_config.json")
 
 def save_safely(path, content):
     """Write a text, or call content(temporary path), then rename: a good file is never half replaced.
@@ -70,6 +76,20 @@ def weight_files(directory):
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing: only safetensors are read (no .bin, no pickle)")
     return files
+
+def finite(name, tensor):
+    """The tensor, or ValueError if it is not stored as finite numbers of a floating point type."""
+    if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"{name} is stored as {tensor.dtype}: quantised weights are not supported")
+    if not tensor.isfinite().all():
+        raise ValueError(f"{name} holds NaN or infinite numbers")
+    return tensor
+
+def copy_companions(source, directory):
+    """Copy what travels with a model beside its weights."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
 
 def hub_files(repo, split):
     """The parquet files of a data set whose names have the word `split`. -> [Path]. OSError if none has."""

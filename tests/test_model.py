@@ -274,6 +274,12 @@ Q = "model.layers.1.self_attn.q_proj.bias"
     (edited(lambda s: s.update({"model.extra": torch.ones(2)})), "unexpected tensors: model.extra"),
     (edited(lambda s: s.update({Q: torch.ones(7)})), rf"wrong shapes: {Q} is \[7\], not \[64\]"),
     (truncate, "model.safetensors is not a whole safetensors file"),
+    (edited(lambda s: s[Q].fill_(float("nan"))), f"{Q} holds NaN or infinite numbers"),
+    (edited(lambda s: s.update({Q: torch.full_like(s[Q], float("inf"))})), f"{Q} holds NaN or infinite"),
+    (edited(lambda s: s.update({Q: s[Q].to(torch.int8)})), f"{Q} is stored as torch.int8: quantised weights"),
+    (edited(lambda s: s.update({Q: s[Q].to(torch.float8_e4m3fn)})), "float8_e4m3fn: quantised weights"),
+    (edited(lambda s: s.update({"lm_head.weight": s["model.embed_tokens.weight"] + 1})),
+     "lm_head.weight differs from the embedding, but config.json ties them"),
     (lambda path: (path / "model.safetensors").unlink(), "model.safetensors is missing"),
     (lambda path: (path / "config.json").unlink(), "config.json is missing"),
     (lambda path: (path / "config.json").write_text("{"), "config.json"),
@@ -283,6 +289,21 @@ def test_damaged_checkpoints_are_refused_by_name(damage, message, tmp_path):
     damage(tmp_path)
     with pytest.raises((ValueError, OSError), match=message):
         Transformer.from_pretrained(tmp_path)
+
+
+def test_a_copy_of_the_embedding_is_no_trouble_and_an_old_adapter_stays_behind(tmp_path):
+    reference = make("qwen tied", tmp_path / "a")
+    edited(lambda s: s.update({"lm_head.weight": s["model.embed_tokens.weight"].clone()}))(tmp_path / "a")
+    (tmp_path / "a" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (tmp_path / "a" / "generation_config.json").write_text('{"eos_token_id": 5}')
+    ours = Transformer.from_pretrained(tmp_path / "a")
+    ours.save_pretrained(tmp_path / "b")
+    assert not (tmp_path / "b" / "adapter_config.json").exists()
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.float32)
+    assert theirs.generation_config.eos_token_id == 5
+    ids = random_ids(1, 9)
+    with torch.no_grad():
+        close(theirs(ids).logits, reference(ids).logits)
 
 
 def test_gemma_refuses_fp16(tmp_path):
