@@ -34,7 +34,7 @@ KINDS = {       # what a field may be, see Task.fields
     "string": lambda x: isinstance(x, str),
     "string or null": lambda x: x is None or isinstance(x, str),
     "string, null or absent": lambda x: x is None or x is MISSING or isinstance(x, str),
-    "whole number or null": lambda x: x is None or type(x) is int,
+    "whole number or null": lambda x: x is None or type(x) is int or type(x) is float and x.is_integer(),
     "list of strings": lambda x: isinstance(x, list) and all(isinstance(s, str) for s in x)}
 
 def read_rows(path):
@@ -265,15 +265,18 @@ def fact_usable(rows):
             raise ValueError(f"{where}: field requested_rewrite.prompt has no {{}} for the subject")
     return rows
 
+def after_space(answer):
+    return answer if answer.startswith(" ") else " " + answer
+
 def fact_pair(row):
     r = row["requested_rewrite"]
-    return r["prompt"].replace("{}", r["subject"]), " " + r["target_new"]["str"]
+    return r["prompt"].replace("{}", r["subject"]), after_space(r["target_new"]["str"])
 
 def fact_queries(row):
     """Each prompt with the new and with the true answer: the rewrite prompt, paraphrases, neighbourhood."""
     r = row["requested_rewrite"]
     prompts = [fact_pair(row)[0]] + row["paraphrase_prompts"] + row["neighborhood_prompts"]
-    return [(p, " " + r[t]["str"]) for p in prompts for t in ("target_new", "target_true")]
+    return [(p, after_space(r[t]["str"])) for p in prompts for t in ("target_new", "target_true")]
 
 def fact_metrics(row, scored, text):
     """CounterFact (Meng et al. 2022, arXiv 2202.05262): ES, PS, NS, the shares of rewrite, paraphrase and
@@ -293,7 +296,7 @@ def fact_metrics(row, scored, text):
             metrics["PS" + suffix] = sum(x > 0 for x in others[:n]) / n
         if others[n:]:
             metrics["NS" + suffix] = sum(x < 0 for x in others[n:]) / len(others[n:])
-    wanted, truth = (" " + row["requested_rewrite"][t]["str"] for t in ("target_new", "target_true"))
+    wanted, truth = (after_space(row["requested_rewrite"][t]["str"]) for t in ("target_new", "target_true"))
     metrics |= {"accuracy": float(text == wanted), "recalls true": float(text == truth)}
     return Verdict(metrics, kinds={}, counts={})
 
@@ -310,7 +313,7 @@ def med_usable(rows):
     if kept and (0 in found) == (4 in found):
         raise ValueError(f"{kept[0][0]}: field cop holds {sorted(found)} in this file, so it cannot be told "
                          f"whether it counts the options from 0 (some row must have 0) or from 1 (some 4)")
-    return [(where, row | {"cop": row["cop"] - (4 in found)}) for where, row in kept]
+    return [(where, row | {"cop": int(row["cop"]) - (4 in found)}) for where, row in kept]
 
 def med_pair(row):
     options = "".join(f"{letter}) {row['op' + letter.lower()]}\n" for letter in "ABCD")

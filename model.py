@@ -593,8 +593,8 @@ def load_weights(model, directory, dtype, device):
             raise ValueError(f"{directory}: {len(names)} {what}: {', '.join(names[:5])}; do config.json and "
                              f"the weights belong together?")
     if head is not None and not torch.equal(head.to(dtype), got["model.embed_tokens.weight"]):
-        raise ValueError(f"{directory}: lm_head.weight differs from the embedding, but config.json ties them: "
-                         f"set tie_word_embeddings to false there to use it")
+        raise ValueError(f"{directory}: lm_head.weight differs from the embedding, although tied; "
+                         f"to use it, set tie_word_embeddings to false there")
     model.load_state_dict(got, assign=True)
 
 def main(argv):

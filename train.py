@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from functools import partial
@@ -31,7 +30,8 @@ import molf
 from data import Tokenizer, batch_of, count_targets, count_tokens, micro_batches, read_data, to_device
 from lib.evaluate import batch_loss, evaluate, flat
 from lib.fast import FastStep
-from lib.files import Checkpoints, find_checkpoint, only_one, run_flags, save_safely
+from lib.files import (Checkpoints, clear_run, digest, empty, find_checkpoint, only_one, refuse_other_inputs,
+                       run_flags, run_inputs, save_safely)
 from lib.report import (count_parameters, log_line, peak_memory, print_bytes, print_summary, provenance,
                         refuse_other_columns, report, sample, share_changed, warn_of_guessing)
 from model import Transformer, add_experts, fold, molf_layers, read_config, unfold
@@ -152,6 +152,9 @@ def flags_of_the_resumed(p, a, argv):
     if not a.out:
         p.error("--resume wants --out DIR, the run to go on with")
     flags = run_flags(a.out)
+    if not flags:
+        p.error(f"--resume: {a.out} has no config.json of a run. If it was stopped before it wrote one, "
+                f"nothing is lost: start it again without --resume")
     p.set_defaults(**{k: v for k, v in flags.items() if k not in OF_THIS_CALL})
     a = parse(p, argv)
     changed = [k for k in flags if k not in MAY_CHANGE and getattr(a, k) != flags[k]]
@@ -352,9 +355,15 @@ def main(argv=None):
         refuse_to_replace(out, a)
         refuse_other_columns(out.parent / "results.csv")
         config, tokenizer = read_config(source), Tokenizer.from_file(source)
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(f"{source}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the "
+                             f"embedding has {config.vocab_size} rows: do they belong together?")
         rows = read_data(a, tokenizer)
         if a.dry_run:
             return dry_run(config, rows, a)
+        inputs = run_inputs(rows, source)
+        if a.resume:
+            refuse_other_inputs(out, inputs)
         model = Transformer.from_pretrained(source, getattr(torch, a.dtype), a.device)
         out.mkdir(parents=True, exist_ok=True)          # if it can't be written to, know it now
     except (ValueError, OSError) as e:
@@ -362,7 +371,7 @@ def main(argv=None):
     try:
         with only_one(out):
             refuse_to_replace(out, a)       # again: another process may have finished while this one loaded
-            run(model, tokenizer, rows, a, out)
+            run(model, tokenizer, rows, inputs, a, out)
     except FloatingPointError as e:
         model.save_pretrained(out / "last-good")
         saved = sorted((out / "checkpoints").glob("*"))
@@ -400,22 +409,19 @@ def prepare(model, rows, a):
           "parameters: " + ", ".join(f"{kind} {n:,}" for kind, n in counts.items()))
     return dict(parameters=counts, steps=steps, rows=len(rows.examples))
 
-def run(model, tokenizer, rows, a, out):
+def run(model, tokenizer, rows, inputs, a, out):
     """Evaluate, train, evaluate, export: all that a run leaves is written here, into its directory `out`."""
     task, first_result = data.TASKS[a.task], out / "before.json"
     print(f"{a.model}, task {a.task}: {len(rows.questions)} rows of {a.eval_data} to evaluate on; eos "
           f"{tokenizer.eos_ids}, bos {tokenizer.bos_id}")
+    record = dict(flags=vars(a), inputs=inputs)
     if not a.resume:
-        for old in ("adapter", "last-good", "checkpoints"):     # of a run that is to be overwritten
-            shutil.rmtree(out / old, ignore_errors=True)
-        for old in (out / "results.json", first_result):
-            old.unlink(missing_ok=True)
-        save_safely(out / "config.json", json.dumps(dict(flags=vars(a))) + "\n")     # for --resume
+        clear_run(out)
+        save_safely(out / "config.json", json.dumps(record) + "\n")             # for --resume
     if first_result.exists():                                   # --resume
         before = json.loads(first_result.read_text())
     else:
         before, predictions = evaluate(model, tokenizer, task, rows.questions, a.max_tokens)
-    record = dict(flags=vars(a))
     if not a.eval_only:
         record |= prepare(model, rows, a)
     save_safely(out / "config.json", json.dumps(record | provenance(), indent=2) + "\n")
@@ -426,21 +432,23 @@ def run(model, tokenizer, rows, a, out):
     optimizer = MoLFAdamW(param_groups(model, a.lr, a.lora_lr, a.weight_decay, a.lora_weight_decay),
                           score=SCORES[a.score], route=ROUTES[a.route], top_k=a.top_k)
     module_names = optimizer.module_names
-    history, seconds = train_with_checkpoints(model, optimizer, tokenizer, rows, a, out)
-    del optimizer                                               # frees its moments before the export
+    identity = digest(sorted((k, v) for k, v in vars(a).items() if k not in MAY_CHANGE), inputs)
+    checkpoints = Checkpoints(out, model, optimizer, a, identity)
+    history, seconds = train_with_checkpoints(checkpoints, tokenizer, rows, a, out)
+    del optimizer, checkpoints                                  # frees the moments before the export
     metadata = {"modules": json.dumps(module_names)}
     save_safely(out / "routing.safetensors", lambda path: save_file(history, path, metadata))
     after, predictions = evaluate(model, tokenizer, task, rows.questions, a.max_tokens)
     losses = export(model, rows, a, out)
     results = dict(before=before, after=after, loss=losses, skipped=rows.skipped, train_seconds=seconds)
     report(out, a, results, predictions, len(rows.examples))
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)      # finished: results.json says so
+    empty(out / "checkpoints")                                  # finished: results.json says so
     first_result.unlink()
     print_summary(history["gates"], module_names, losses, a, out)
 
-def train_with_checkpoints(model, optimizer, tokenizer, rows, a, out):
+def train_with_checkpoints(checkpoints, tokenizer, rows, a, out):
     """train(), from the newest checkpoint where the run is resumed, with its log. -> history, seconds"""
-    task = data.TASKS[a.task]
+    task, model = data.TASKS[a.task], checkpoints.model
 
     def held_out():
         examples, questions = zip(*rows.held_out)
@@ -451,7 +459,7 @@ def train_with_checkpoints(model, optimizer, tokenizer, rows, a, out):
         line = f"held out: loss {loss:.4f}  {shown}\n{sample(predictions[0])}"
         return line, dict(held_out=flat(result), loss=loss)
 
-    with Checkpoints(out, model, optimizer, a) as checkpoints:
+    with checkpoints:
         start = checkpoints.load() if a.resume else None
         if a.resume:
             print(f"going on behind step {start[0]}" if start else "no checkpoint: starting anew")
@@ -462,8 +470,8 @@ def train_with_checkpoints(model, optimizer, tokenizer, rows, a, out):
             def log(line, record):
                 print(line, flush=True)
                 print(json.dumps(record), file=log_file, flush=True)
-            history = train(model, optimizer, rows.examples, a, log, held_out if rows.held_out else None,
-                            checkpoints, start)
+            history = train(model, checkpoints.optimizer, rows.examples, a, log,
+                            held_out if rows.held_out else None, checkpoints, start)
         return history, time.perf_counter() - checkpoints.begin
 
 def export(model, rows, a, out):

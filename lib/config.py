@@ -9,7 +9,7 @@ GEMMA = dict(vocab_size=262208, num_attention_heads=8, num_key_value_heads=4, he
              rope_theta=1e6, rope_local_base_freq=1e4, query_pre_attn_scalar=256, sliding_window=4096,
              sliding_window_pattern=6, bos_token_id=2, eos_token_id=1, pad_token_id=0)
 SIZES = dict(vocab_size=10 ** 7, hidden_size=10 ** 6, intermediate_size=10 ** 7, num_hidden_layers=1000,
-             num_attention_heads=10 ** 4, max_position_embeddings=10 ** 9)         # the largest that make sense
+             num_attention_heads=10 ** 4, max_position_embeddings=10 ** 9)      # the largest that make sense
 COPIED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
           "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings")
 

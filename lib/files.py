@@ -3,6 +3,7 @@
 model.py finds and writes models with it, data.py downloads rows, train.py does the rest.
 """
 import fcntl
+import hashlib
 import http.client
 import json
 import os
@@ -128,6 +129,54 @@ def run_flags(folder):
     except (OSError, ValueError, AttributeError):
         return {}
 
+def empty(folder):
+    """Delete a directory with all that is in it. A link to a directory, as on a scratch disk, stays."""
+    if not folder.is_symlink():
+        if folder.exists():
+            shutil.rmtree(folder)
+        return
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+def clear_run(out):
+    """Delete what a run has left in its directory, so that nothing of it is taken for the next one's."""
+    for name in ("adapter", "last-good", "checkpoints", "model"):
+        empty(out / name)
+    for name in ("results.json", "before.json", "predictions.jsonl", "routing.safetensors", "log.jsonl"):
+        (out / name).unlink(missing_ok=True)
+
+def digest(*parts):
+    """A short name of texts, bytes or lists of numbers: other parts have another."""
+    h = hashlib.sha256()
+    for part in parts:
+        h.update(part if isinstance(part, bytes) else repr(part).encode())
+    return h.hexdigest()[:16]
+
+def weights_header(directory):
+    """The headers of a checkpoint's safetensors files, as bytes: names, types, shapes."""
+    headers = b""
+    for file in weight_files(directory):
+        with open(file, "rb") as f:
+            headers += f.read(int.from_bytes(f.read(8), "little"))
+    return headers
+
+def run_inputs(rows, source):
+    """{what a run is made from: its digest}. rows: data.Rows; source: the directory of the base model."""
+    return {"training rows": digest(*(e.ids for e in rows.examples)),
+            "evaluation rows": digest(*(q.prompt for q in rows.questions)),
+            "base model": digest(weights_header(source), (source / "config.json").read_bytes()),
+            "tokenizer": digest((source / "tokenizer.json").read_bytes())}
+
+def refuse_other_inputs(out, inputs):
+    """ValueError if the run in `out` began with others."""
+    old = json.loads((out / "config.json").read_text()).get("inputs", {})
+    changed = [what for what, value in inputs.items() if old.get(what) != value]
+    if changed:
+        raise ValueError(f"--resume: not what the run in {out} began with: {', '.join(changed)}")
+
 @contextmanager
 def only_one(folder):
     """Hold a lock on the directory, or FileExistsError. It ends with the process, however that ends."""
@@ -149,8 +198,9 @@ class Checkpoints:
     As a context it notes in `asked` that SIGTERM or Ctrl-C wants the run to end. The loop then saves and
     calls leave_if_asked. A second signal ends the process at once."""
 
-    def __init__(self, out, model, optimizer, a):
+    def __init__(self, out, model, optimizer, a, run=""):
         self.folder = Path(out) / "checkpoints"
+        self.run = run                          # names the run that the files belong to
         self.model, self.optimizer = model, optimizer
         self.a = a
         self.asked = None                       # the number of the signal that asked to leave
@@ -167,7 +217,7 @@ class Checkpoints:
             random["cuda"] = torch.cuda.get_rng_state(self.a.device)
         tensors = flat({"model": self.model.state_dict(), "optimizer": flat(state["state"]),
                         "routing": state["routing"], "history": history, "rng": random})
-        header = {"step": str(step), "seconds": str(time.perf_counter() - self.begin),
+        header = {"step": str(step), "run": self.run, "seconds": str(time.perf_counter() - self.begin),
                   "param_groups": json.dumps(state["param_groups"])}
         self.folder.mkdir(exist_ok=True)
         try:
@@ -190,6 +240,8 @@ class Checkpoints:
         header, tensors = self.read_newest()
         if not tensors:
             return None
+        if header["run"] != self.run:
+            raise OSError(f"{self.folder} holds checkpoints of another run: --overwrite starts anew")
         parts = grouped(tensors)
         state = {int(i): part for i, part in grouped(parts["optimizer"]).items()}
         self.begin = time.perf_counter() - float(header["seconds"])

@@ -231,11 +231,12 @@ def test_options_counted_from_1_are_recognised_and_rows_without_an_answer_skippe
     assert med_rows(tmp_path, [1, 1, 1, 4], limit=2) == ([0, 0], 0)             # the whole file decides
     assert med_rows(tmp_path, [None, 0, -1, 3]) == ([0, 3], 2)
     assert med_rows(tmp_path, [None, None]) == ([], 2)
+    assert med_rows(tmp_path, [3.0, None, 0.0]) == ([3, 0], 1)      # as pandas writes a nullable column
 
 
 @pytest.mark.parametrize("cops, message", [
     ([0, 4], r"holds \[0, 4\].*cannot be told"), ([1, 2, 3], "cannot be told"), ([0, 5], "2: field cop is 5"),
-    ([0, "1"], "line 2: field cop is not a whole number"), ([0, True], "not a whole number")])
+    ([0, "1"], "line 2: field cop is not a whole number"), ([0, True], "not a whole number"), ([0, 1.5], "not a whole number")])
 def test_answers_that_make_no_sense(tmp_path, cops, message):
     with pytest.raises(ValueError, match=message):
         med_rows(tmp_path, cops)
@@ -363,6 +364,14 @@ def test_fact_prompts():
                                       for t in (" Rome", " Paris")]
     braces = json.loads(json.dumps(ROW).replace("capital of {}", "{0} capital of {}"))
     assert data.fact_pair(braces)[0] == "The {0} capital of France is"
+
+
+def test_an_answer_that_has_its_space_gets_no_second_one():
+    spaced = json.loads(json.dumps(ROW).replace('"Rome"', '" Rome"').replace('"Paris"', '" Paris"'))
+    assert data.fact_pair(spaced) == data.fact_pair(ROW)
+    assert data.fact_queries(spaced) == data.fact_queries(ROW)
+    s = [Scored([-1, 0], 5, 0, [])] * 8
+    assert data.fact_metrics(spaced, s, " Rome") == data.fact_metrics(ROW, s, " Rome")
 
 
 def test_fact_metrics_by_hand():

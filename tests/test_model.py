@@ -279,7 +279,7 @@ Q = "model.layers.1.self_attn.q_proj.bias"
     (edited(lambda s: s.update({Q: s[Q].to(torch.int8)})), f"{Q} is stored as torch.int8: quantised weights"),
     (edited(lambda s: s.update({Q: s[Q].to(torch.float8_e4m3fn)})), "float8_e4m3fn: quantised weights"),
     (edited(lambda s: s.update({"lm_head.weight": s["model.embed_tokens.weight"] + 1})),
-     "lm_head.weight differs from the embedding, but config.json ties them"),
+     "lm_head.weight differs from the embedding, although tied"),
     (lambda path: (path / "model.safetensors").unlink(), "model.safetensors is missing"),
     (lambda path: (path / "config.json").unlink(), "config.json is missing"),
     (lambda path: (path / "config.json").write_text("{"), "config.json"),

@@ -444,13 +444,14 @@ def test_twenty_kills_lose_at_most_the_step_they_fall_into(tmp_path):
     start = [sys.executable, "-c"]
     for i in range(20):
         n = rng.randint(1, 3) if i % 2 else 10 ** 6                         # odd: in the n-th write
-        command = [*start, CHILD.format(root=str(ROOT), n=n), *RUN, "--out", tmp_path / "killed", "--resume"]
+        command = [*start, CHILD.format(root=str(ROOT), n=n), *RUN, "--out", tmp_path / "killed"]
+        command += ["--resume"] if i else []
         child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
                                  env=os.environ | {"OMP_NUM_THREADS": "1"})
         before = [f.name for f in (tmp_path / "killed" / "checkpoints").glob("step-*.safetensors")]
         if not i % 2:
             for line in child.stdout:                                       # it has begun to train
-                if line.startswith(("going on", "no checkpoint")):
+                if line.startswith(("going on", "no checkpoint", "molf on toy")):
                     break
             time.sleep(rng.random() * 0.3)
             child.kill()
@@ -510,6 +511,78 @@ def test_an_unfinished_run_is_not_begun_anew_by_mistake(tmp_path):
     (tmp_path / "checkpoints" / "step-000000001.safetensors").write_bytes(b"")
     with pytest.raises(SystemExit, match="an unfinished run: --resume goes on, --overwrite starts anew"):
         main("--limit", 8, "--out", tmp_path)
+
+
+def test_to_resume_what_is_not_a_run_is_refused(tmp_path, capsys):
+    for folder in ("nowhere", "empty", "broken"):
+        if folder != "nowhere":
+            (tmp_path / folder).mkdir()
+        if folder == "broken":
+            (tmp_path / folder / "config.json").write_text("{")
+        with pytest.raises(SystemExit) as e:
+            main("--resume", "--out", tmp_path / folder)
+        assert e.value.code == 2 and "has no config.json of a run" in capsys.readouterr().err
+
+
+def stopped_run(tmp_path, *args):
+    """A run in tmp_path/run that was stopped after its fifth step."""
+    class Stopping(Checkpoints):
+        def save(self, step, history):
+            super().save(step, history)
+            self.asked = signal.SIGTERM if step == 5 else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Checkpoints", Stopping)
+        with pytest.raises(SystemExit) as e:
+            main(*args, "--epochs", 3, "--batch-size", 4, "--save-every", 5, "--out", tmp_path / "run")
+    assert e.value.code == 143
+
+
+@pytest.mark.parametrize("change, named", [
+    (lambda rows: rows[::-1], "training rows, evaluation rows"), (lambda rows: rows[:-1], "training rows"),
+    (lambda rows: rows + rows[:1], "training rows"), (None, "base model, tokenizer")])
+def test_to_resume_with_other_rows_or_another_model_is_refused_by_name(change, named, tmp_path):
+    rows, _ = data.load_rows("fact", "train", "toy", limit=16)
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    shutil.copytree(TOY, tmp_path / "m")
+    stopped_run(tmp_path, "--model", tmp_path / "m", "--ranks", 4, "--data", path)
+    if change:
+        path.write_text(json.dumps(change(rows)))
+    else:
+        tokenizer = tmp_path / "m" / "tokenizer.json"
+        tokenizer.write_text(tokenizer.read_text() + "\n")
+        state = {name: t.float() for name, t in load_file(TOY / "model.safetensors").items()}
+        save_file(state, tmp_path / "m" / "model.safetensors")
+    with pytest.raises(SystemExit, match=f"not what the run in .* began with: {named}"):
+        main("--resume", "--out", tmp_path / "run")
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+
+
+def test_nothing_of_an_overwritten_run_is_left_and_a_linked_folder_is_emptied(tmp_path):
+    """A run killed while it trains has no model/: it cannot be scored, or speak, with the old one."""
+    out, disk = tmp_path / "run", tmp_path / "disk"
+    main("--limit", 8, "--epochs", 1, "--out", out)
+    disk.mkdir()
+    (out / "checkpoints").symlink_to(disk)
+    (disk / "step-000000999.safetensors").write_bytes(b"of the old run")
+    stopped_run(tmp_path, "--overwrite", "--limit", 16)
+    assert {f.name for f in out.iterdir()} == {"config.json", "before.json", "log.jsonl", "checkpoints"}
+    assert [f.name for f in disk.iterdir()] == ["step-000000005.safetensors"]
+    with pytest.raises(SystemExit) as e:
+        main("--eval-only", out)
+    assert e.value.code == 2
+    main("--resume", "--out", out)
+    assert (out / "checkpoints").is_symlink() and list(disk.iterdir()) == []
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    stopped_run(tmp_path, "--limit", 16)
+    other = tmp_path / "other"
+    main("--limit", 16, "--epochs", 1, "--lr", 5e-4, "--out", other)
+    (other / "results.json").unlink()
+    shutil.copytree(tmp_path / "run" / "checkpoints", other / "checkpoints")
+    with pytest.raises(SystemExit, match="holds checkpoints of another run"):
+        main("--resume", "--out", other)
 
 
 def test_to_resume_with_other_flags_is_refused(tmp_path, capsys):
@@ -586,6 +659,8 @@ def broken(tmp_path, file, change):
     (lambda t: ["--model", broken(t, "config.json", {"model_type": "llama"})], "'llama' is not supported"),
     (lambda t: ["--model", broken(t, "tokenizer.json", {"pre_tokenizer": {"type": "Metaspace"}})],
      "Metaspace is not supported"),
+    (lambda t: ["--model", broken(t, "config.json", {"vocab_size": 1000})],
+     "the tokenizer has ids up to 1023, but the embedding has 1000 rows"),
     (lambda t: ["--model", "nobody/nothing"], "HF_TOKEN"),
     (lambda t: ["--data", t / "none.jsonl"], "no file"),
     (lambda t: ["--eval-only", t / "nowhere"], "no directory"),
