@@ -35,7 +35,7 @@ from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
-from lib.config import parse_config
+from lib.config import parse_config, peft_names
 from lib.files import copy_companions, find_checkpoint, finite, save_safely, weight_files
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -394,12 +394,12 @@ class Transformer(nn.Module):
         directory.mkdir(parents=True, exist_ok=True)
         layers = molf_layers(self)
         state = {}
-        for name, layer in layers:
+        names, targets = peft_names(self.source, [name for name, _ in layers])
+        for name, (_, layer) in zip(names, layers):
             for key, matrix in zip("AB", layer.stacked()):
                 # without the prefix peft loads nothing and says nothing
                 state[f"base_model.model.{name}.lora_{key}.weight"] = matrix.float().cpu().contiguous()
         rank = sum(layers[0][1].ranks)
-        targets = list(dict.fromkeys(name.rpartition(".")[2] for name, _ in layers))
         config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base), r=rank,
                       lora_alpha=rank, use_rslora=False, lora_dropout=0.0, bias="none", inference_mode=True,
                       target_modules=targets, fan_in_fan_out=False)
@@ -600,12 +600,14 @@ def load_weights(model, directory, dtype, device):
 def main(argv):
     from data import Tokenizer, encode_prompt
     try:
-        path, prompt, *rest = argv
-        temperature = float(rest[0]) if rest else 0.0
+        path, prompt, temperature = (argv + ["0"])[:3]
+        temperature = float(temperature)
     except ValueError:
         print(__doc__.split("\n\n")[1], file=sys.stderr)
         sys.exit(2)
     try:
+        if not temperature >= 0:
+            raise ValueError(f"temperature {temperature} is not 0 or more")
         model = Transformer.from_pretrained(path, device="cuda" if torch.cuda.is_available() else "cpu")
         tokenizer = Tokenizer.from_file(model.source)
         ids = encode_prompt(tokenizer, prompt)

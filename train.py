@@ -12,6 +12,7 @@ The method is `train_step`, which is README's six lines. `train` calls it in a l
 """
 import argparse
 import hashlib
+import io
 import json
 import math
 import os
@@ -31,7 +32,7 @@ from data import Tokenizer, batch_of, count_targets, count_tokens, micro_batches
 from lib.evaluate import batch_loss, evaluate, flat
 from lib.fast import FastStep
 from lib.files import (Checkpoints, clear_run, digest, empty, find_checkpoint, only_one, refuse_other_inputs,
-                       run_flags, run_inputs, save_safely)
+                       run_flags, run_inputs, save_safely, set_eos)
 from lib.report import (count_parameters, log_line, peak_memory, print_bytes, print_summary, provenance,
                         refuse_other_columns, report, sample, share_changed, warn_of_guessing)
 from model import Transformer, add_experts, fold, molf_layers, read_config, unfold
@@ -201,7 +202,7 @@ def refuse_nonsense(p, a):
     if not 0 <= a.dropout < 1 or not 0 <= a.warmup <= 1:
         p.error("--dropout and --warmup are shares, from 0 to 1")
     try:
-        torch.empty(0, device=a.device)
+        torch.empty(0, device=a.device).cpu()
     except (RuntimeError, AssertionError) as e:
         p.error(f"--device {a.device}: {str(e).splitlines()[0]}")
 
@@ -345,6 +346,9 @@ def stop_if_not_finite(last, losses, norms, scores, examples, a):
 # the run
 
 def main(argv=None):
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):        # a terminal may not know what a model writes
+            stream.reconfigure(errors="backslashreplace")
     a = parse_args(argv)
     torch.set_flush_denormal(True)      # second moments reach 1e-40, where a CPU is several times slower
     if a.device.startswith("cuda"):
@@ -439,7 +443,7 @@ def run(model, tokenizer, rows, inputs, a, out):
     metadata = {"modules": json.dumps(module_names)}
     save_safely(out / "routing.safetensors", lambda path: save_file(history, path, metadata))
     after, predictions = evaluate(model, tokenizer, task, rows.questions, a.max_tokens)
-    losses = export(model, rows, a, out)
+    losses = export(model, tokenizer.eos_ids, rows, a, out)
     results = dict(before=before, after=after, loss=losses, skipped=rows.skipped, train_seconds=seconds)
     report(out, a, results, predictions, len(rows.examples))
     empty(out / "checkpoints")                                  # finished: results.json says so
@@ -474,10 +478,11 @@ def train_with_checkpoints(checkpoints, tokenizer, rows, a, out):
                             held_out if rows.held_out else None, checkpoints, start)
         return history, time.perf_counter() - checkpoints.begin
 
-def export(model, rows, a, out):
+def export(model, eos_ids, rows, a, out):
     """Write model/, and adapter/ if the base is frozen. -> the loss of a batch with the trained weights, and
     with the exported ones in the finer of both dtypes"""
     model.save_pretrained(out / "model", EXPORT_DTYPES[a.export_dtype])
+    set_eos(out / "model", eos_ids)
     if a.method in ("lora", "molf-e") and a.rest == "freeze":
         local = a.model == "toy" or Path(a.model).exists()
         model.save_adapter(out / "adapter", model.source.resolve() if local else a.model)

@@ -1,4 +1,6 @@
 """What a Hugging Face config.json says, in its old or new spelling, for model.Config. model.py calls it."""
+import json
+
 import torch
 
 # What config.json may leave out (the multimodal Gemma-3 files state only what differs from these).
@@ -59,6 +61,15 @@ def parse_config(raw):
                rope={t: rope_of(raw, t, gemma) for t in set(types)},
                dtype=dtype_of(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
                **{k: raw[k] for k in COPIED})
+
+def peft_names(source, names):
+    """names: of our linears. -> their names in the model that AutoModelForCausalLM makes of the checkpoint in
+    `source`, and peft's target_modules. A multimodal Gemma-3 has the text model beside a vision tower."""
+    leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    if json.loads((source / "config.json").read_text(encoding="utf-8")).get("model_type") != "gemma3":
+        return names, leaves
+    theirs = ["model.language_model." + name.removeprefix("model.") for name in names]
+    return theirs, rf".*\.language_model\..*\.({'|'.join(leaves)})"
 
 def dtype_of(name):
     dtype = getattr(torch, str(name).removeprefix("torch."), None)

@@ -58,6 +58,8 @@ def find_checkpoint(path_or_repo):
     name = str(path_or_repo)
     path = Path(__file__).parents[1] / "toy" if name == "toy" else Path(name)
     if path.is_dir():
+        if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+            raise ValueError(f"{path} is an adapter, not a model: give its base, merged with it")
         return path / "model" if (path / "model" / "config.json").is_file() else path
     if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise FileNotFoundError(f"no directory {name}: give toy, a directory with config.json and "
@@ -91,6 +93,14 @@ def copy_companions(source, directory):
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
+
+def set_eos(directory, eos_ids):
+    """Let a model's files say where generation stops, also if only its tokenizer's configuration did."""
+    for name in ("generation_config.json", "config.json"):
+        path = directory / name
+        content = json.loads(path.read_text()) if path.is_file() else {}
+        content["eos_token_id"] = eos_ids if len(eos_ids) > 1 else eos_ids[0]
+        save_safely(path, json.dumps(content, indent=2) + "\n")
 
 def hub_files(repo, split):
     """The parquet files of a data set whose names have the word `split`. -> [Path]. OSError if none has."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (AutoModelForCausalLM, Gemma3Config, Gemma3ForCausalLM,
@@ -236,6 +236,31 @@ def test_multimodal_gemma_gives_its_text_part(tmp_path):
         save_file({n.replace(source, swap[source]): t for n, t in saved.items()},
                   tmp_path / "model.safetensors")
         close(Transformer.from_pretrained(tmp_path)(ids), want)
+
+
+def test_the_adapter_of_a_multimodal_gemma_works_in_peft(tmp_path):
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                  image_size=28, patch_size=14)
+    text = {k: v for k, v in GEMMA.items() if k != "vocab_size"}
+    config = Gemma3Config(text_config=dict(text, vocab_size=120), vision_config=vision, mm_tokens_per_image=4,
+                          image_token_index=110, boi_token_index=111, eoi_token_index=112)
+    torch.manual_seed(0)
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    ours = Transformer.from_pretrained(tmp_path / "base", torch.float32)
+    for layer in add_experts(ours, ranks=(2, 3), full=False):
+        for b in layer.B:
+            torch.nn.init.normal_(b, std=0.5)
+    ours.save_adapter(tmp_path / "adapter", tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+    ids = random_ids(2, 14)
+    types = torch.zeros_like(ids)
+    with torch.no_grad():
+        before = base(input_ids=ids, token_type_ids=types).logits
+        theirs = PeftModel.from_pretrained(base, tmp_path / "adapter")
+        after = theirs(input_ids=ids, token_type_ids=types).logits
+        close(after, ours(ids))
+    assert (after - before).abs().max() > 0.01
+    assert not any("vision" in name for name, _ in theirs.named_modules() if "lora_A" in name)
 
 
 def test_sharded_checkpoints(tmp_path):

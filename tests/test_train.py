@@ -144,6 +144,14 @@ def test_prompt_is_continued_from_the_command_line():
     assert result.stdout.strip() == f"{prompt} {true}"
 
 
+@pytest.mark.parametrize("temperature", ["-1", "nan"])
+def test_a_temperature_that_makes_no_sense_is_one_line(temperature):
+    command = [sys.executable, ROOT / "model.py", "toy", "Tamo", temperature]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1 and result.stderr.startswith("error: temperature")
+    assert result.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("task, better", [("med", "accuracy"), ("sql", "execution")])
 def test_med_and_sql_learn_and_a_run_evaluated_again_is_the_same(task, better, tmp_path, capsys):
     out = tmp_path / "run"
@@ -207,6 +215,31 @@ def test_the_adapter_of_the_toy_names_its_base_from_anywhere(tmp_path, monkeypat
         if rest == "freeze":
             config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
             assert config["base_model_name_or_path"] == str(TOY)
+
+
+def test_the_export_says_where_generation_stops(tmp_path):
+    """Also where only the base's tokenizer_config.json says it."""
+    shutil.copytree(TOY, tmp_path / "m")
+    (tmp_path / "m" / "generation_config.json").unlink()
+    path = tmp_path / "m" / "config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if "token_id" not in k}))
+    eos = Tokenizer.from_file(tmp_path / "m").eos_id
+    main("--model", tmp_path / "m", "--data", "toy", "--limit", 8, "--epochs", 1, "--ranks", 4,
+         "--out", tmp_path / "run")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert theirs.generation_config.eos_token_id == theirs.config.eos_token_id == eos
+
+
+def test_a_terminal_that_cannot_show_a_text_gets_it_escaped(tmp_path):
+    rows, _ = data.load_rows("fact", "train", "toy", limit=4)
+    rows[0]["requested_rewrite"]["prompt"] = "\u4f60\u597d {}"
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    command = [sys.executable, ROOT / "train.py", "--device", "cpu", "--data", tmp_path / "rows.json",
+               "--epochs", "1", "--eval-every", "1", "--out", tmp_path / "run"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120,
+                            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "latin-1"})
+    assert result.returncode == 0, result.stderr
+    assert "\\u4f60" in result.stdout
 
 
 def test_a_checkpoint_is_never_overwritten_and_a_run_only_by_a_run(tmp_path):
@@ -637,7 +670,7 @@ def test_the_log_says_which_share_of_the_weights_changed(ranks):
     (["--score", "best"], "invalid choice: 'best'"), (["--learning-rate", "1"], "unrecognized arguments"),
     (["--epochs", "0"], "--epochs must be at least 1"), (["--device", "gpu"], "--device gpu: "),
     (["--alpha", "-1"], "--alpha and --clip must be above 0"), (["--lr", "-1"], "can't be negative"),
-    (["--dtype", "float16"], "invalid choice: 'float16'"),
+    (["--dtype", "float16"], "invalid choice: 'float16'"), (["--device", "meta"], "--device meta: "),
     (["--task", "med", "--data", "rows.jsonl"], "--data rows.jsonl wants --eval-data FILE"),
     (["--eval-only", "m", "--model", "n"], "names the model"),
     (["--eval-only", "m", "--dry-run"], "dry-run")])
@@ -662,6 +695,7 @@ def broken(tmp_path, file, change):
     (lambda t: ["--model", broken(t, "config.json", {"vocab_size": 1000})],
      "the tokenizer has ids up to 1023, but the embedding has 1000 rows"),
     (lambda t: ["--model", "nobody/nothing"], "HF_TOKEN"),
+    (lambda t: (t / "adapter_config.json").write_text("{}") and ["--model", t], "is an adapter, not a model"),
     (lambda t: ["--data", t / "none.jsonl"], "no file"),
     (lambda t: ["--eval-only", t / "nowhere"], "no directory"),
     (lambda t: (t / "file").write_text("") and [] or ["--out", t / "file" / "x"], "Not a directory"),
