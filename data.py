@@ -83,6 +83,8 @@ def load_rows(name, split, source="hub", limit=None):
     task = TASKS[name]
     official = task.splits[split]
     if source == "toy":
+        if task.toy is None:
+            raise ValueError(f"task {name} has no toy rows: give --data")
         found = [("toy world", row) for row in task.toy(official)]
     elif source != "hub":
         found = read_rows(source)
@@ -368,7 +370,7 @@ def sql_metrics(rows, scored, texts):
 class Task(NamedTuple):
     source: str         # the official one: a repository on the hub, or an address
     splits: dict        # "train", "test" -> its name of the rows to train and to evaluate on
-    toy: Callable       # that name -> rows of the toy world
+    toy: Callable       # that name -> rows of the toy world; None if there are none
     fields: dict        # what a row must have: dotted path -> one of KINDS
     usable: Callable    # [(where, row)] -> those that can be used; ValueError if they make no sense
     pair: Callable      # row -> (prompt, target): what training sees

@@ -211,13 +211,12 @@ def observe_and_move(e, clip, ok):
 class MoLFAdamW(torch.optim.Optimizer):
     """AdamW with routing. `groups` come from `param_groups`: one for each expert, and groups of kind "rest",
     which are not routed. score and route are functions as above; top_k goes to route. A module without
-    gradients sits the step out. A module with a single expert needs no scores: they are 0. Vectors (biases,
-    norms) do not decay.
+    gradients sits the step out. One with a single expert needs no scores. Vectors do not decay.
 
     step(clip=..., ok=...) takes 0-d tensors on the device and never waits for it. clip is a factor of all
     gradients. Where ok is False, no parameter and no moment changes, but steps and t are counted. Without
-    ok, step() checks that the scores are finite. With it the caller should: a module with a NaN score does
-    not move."""
+    ok, step() checks that scores are finite and gates from 0 to 1. With it the caller should: a module with
+    a NaN score does not move."""
 
     def __init__(self, groups, lr=5e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
                  score=epd, route=topk, top_k=1):
@@ -266,8 +265,12 @@ class MoLFAdamW(torch.optim.Optimizer):
             scores = [self.score_expert(i, rates[i], clip, ok, check) for i in spread(self.routed)]
             self.scores.copy_(torch.stack(scores).view_as(self.scores))
             gates = self.route(self.scores, self.gates, self.steps, self.top_k)
+            if gates.shape != self.scores.shape:
+                raise TypeError(f"the route gave gates of shape {list(gates.shape)}, not (modules, experts)")
             idle = self.scores.isnan().any(dim=-1, keepdim=True)            # (modules, 1): no gradient
             self.gates.copy_(torch.where(ok & ~idle, gates, 0.0))
+            if check and not ((0 <= self.gates) & (self.gates <= 1)).all():     # waits for the device
+                raise FloatingPointError("the route gave a gate that is not from 0 to 1")
             for i, gate in spread(zip(self.routed, self.gates.flatten())):
                 move(self.expert(i, rates[i]), gate)
         for i in spread(self.alone):

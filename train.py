@@ -12,7 +12,6 @@ The method is `train_step`, which is README's six lines. `train` calls it in a l
 """
 import argparse
 import hashlib
-import io
 import json
 import math
 import os
@@ -32,9 +31,10 @@ from data import Tokenizer, batch_of, count_targets, count_tokens, micro_batches
 from lib.evaluate import batch_loss, evaluate, flat
 from lib.fast import FastStep
 from lib.files import (Checkpoints, clear_run, digest, empty, find_checkpoint, only_one, refuse_other_inputs,
-                       run_flags, run_inputs, save_safely, set_eos)
-from lib.report import (count_parameters, log_line, peak_memory, print_bytes, print_summary, provenance,
-                        refuse_other_columns, report, sample, share_changed, warn_of_guessing)
+                       refuse_to_replace, run_flags, run_inputs, save_safely, set_eos)
+from lib.report import (count_parameters, escape_unprintable, log_line, peak_memory, print_bytes,
+                        print_summary, provenance, refuse_other_columns, report, sample, share_changed,
+                        stop_if_not_finite, stop_if_not_routed, warn_of_guessing)
 from model import Transformer, add_experts, fold, molf_layers, read_config, unfold
 from molf import ROUTES, SCORES, MoLFAdamW, param_groups
 
@@ -158,6 +158,9 @@ def flags_of_the_resumed(p, a, argv):
                 f"nothing is lost: start it again without --resume")
     p.set_defaults(**{k: v for k, v in flags.items() if k not in OF_THIS_CALL})
     a = parse(p, argv)
+    for key, known in (("task", data.TASKS), ("score", SCORES), ("route", ROUTES)):
+        if flags[key] not in known:
+            p.error(f"--resume: {a.out} ran with --{key} {flags[key]}, which is not here any more")
     changed = [k for k in flags if k not in MAY_CHANGE and getattr(a, k) != flags[k]]
     if changed:
         names = ", ".join(f"--{k.replace('_', '-')}" for k in changed)
@@ -296,7 +299,8 @@ def train(model, optimizer, examples, a, log=print, held_out=None, checkpoints=N
         if logging:
             losses, norms, gates, scores = [torch.stack(x).cpu() for x in zip(*pending)]    # the one sync
             pending = []
-            stop_if_not_finite(step, losses, norms, scores, examples, a)
+            stop_if_not_finite(step, losses, norms, examples, a)
+            stop_if_not_routed(step, scores, gates, a)
             parts.append({"gates": gates, "scores": scores})
             if step == 0:
                 warn_of_guessing(losses[0], model.config.vocab_size)
@@ -328,28 +332,12 @@ def joined(parts):
         history["gates"] = gates.bool()
     return history
 
-def stop_if_not_finite(last, losses, norms, scores, examples, a):
-    """losses, norms (n,) and scores (n, modules, experts) of the n steps up to `last`: raise if one is not
-    finite. For a loss or a norm, name its rows; from that step on nothing has moved."""
-    bad = (~(losses + norms).isfinite()).nonzero()
-    if len(bad) > 0:
-        i = bad[0].item()
-        step = last + 1 - len(losses) + i
-        rows = ", ".join(str(e.row) for e in batch_of(step, examples, a))
-        raise FloatingPointError(f"stopped at step {step + 1}: loss {losses[i].item()}, gradient norm "
-                                 f"{norms[i].item()}; nothing has moved since. Lower --lr and --lora-lr, or "
-                                 f"look at rows {rows}")
-    if not scores.isfinite().all():
-        raise FloatingPointError(f"rule {a.score} gave a score that is not finite by step {last + 1}")
-
 # ------------------------------------------------------------------------------------------------------------
 # the run
 
 def main(argv=None):
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):        # a terminal may not know what a model writes
-            stream.reconfigure(errors="backslashreplace")
     a = parse_args(argv)
+    escape_unprintable()
     torch.set_flush_denormal(True)      # second moments reach 1e-40, where a CPU is several times slower
     if a.device.startswith("cuda"):
         torch.cuda.set_device(torch.device(a.device).index or 0)    # a CUDA graph captures the current one
@@ -383,17 +371,6 @@ def main(argv=None):
                  f"{saved[-1] if saved else 'none'}")
     except OSError as e:
         sys.exit(f"error: {e}")
-
-def refuse_to_replace(out, a):
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"--out {out} is a file")
-    if (out / "results.json").exists() and not (a.overwrite or a.dry_run):
-        raise FileExistsError(f"{out} holds a finished run: give another --out, or --overwrite")
-    if any((out / "checkpoints").glob("*")) and not (a.overwrite or a.resume or a.dry_run):
-        raise FileExistsError(f"{out} holds an unfinished run: --resume goes on, --overwrite starts anew")
-    of_no_run = (out / "config.json").exists() and not run_flags(out)
-    if of_no_run or a.eval_only and (out / "model").exists():
-        raise FileExistsError(f"--out {out} holds a model: give another")
 
 def dry_run(config, rows, a):
     with torch.device("meta"):

@@ -54,4 +54,4 @@ def demo():
             line = "".join("#" if x > 0.9 else "." if x < 0.1 else "+" for x in bins[:, j].tolist())
             print(f"{name if j == 0 else '':12s}{layer} {line}  full {gates[:, j].mean():4.0%}  "
                   f"loss {losses[0, j]:.3f} -> {losses[-1, j]:.1e}")
-        print(f"{'':12s}{verdict(gates.mean(dim=0))}: {LESSONS.get(name, 'your own rule')}\n")
+        print(f"{'':12s}{verdict(gates.mean(dim=0))}:\n{'':12s}{LESSONS.get(name, 'a rule of your own')}\n")

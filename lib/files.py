@@ -173,6 +173,19 @@ def weights_header(directory):
             headers += f.read(int.from_bytes(f.read(8), "little"))
     return headers
 
+def refuse_to_replace(out, a):
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"--out {out} is a file")
+    if (out / "results.json").exists() and a.resume:
+        raise FileExistsError(f"{out} holds a finished run: there is nothing to go on with")
+    if (out / "results.json").exists() and not (a.overwrite or a.dry_run):
+        raise FileExistsError(f"{out} holds a finished run: give another --out, or --overwrite")
+    if any((out / "checkpoints").glob("*")) and not (a.overwrite or a.resume or a.dry_run):
+        raise FileExistsError(f"{out} holds an unfinished run: --resume goes on, --overwrite starts anew")
+    of_no_run = (out / "config.json").exists() and not run_flags(out)
+    if of_no_run or a.eval_only and (out / "model").exists():
+        raise FileExistsError(f"--out {out} holds a model: give another")
+
 def run_inputs(rows, source):
     """{what a run is made from: its digest}. rows: data.Rows; source: the directory of the base model."""
     return {"training rows": digest(*(e.ids for e in rows.examples)),

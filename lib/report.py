@@ -1,5 +1,7 @@
 """What a run says about itself: its size, where it ran, its log lines, tables and results. For train.py."""
 import csv
+import fcntl
+import io
 import json
 import math
 import platform
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from data import TASKS
+from data import TASKS, batch_of
 from lib.evaluate import flat
 from lib.files import save_safely
 from model import LOGIT_ROWS, molf_layers
@@ -27,9 +29,9 @@ def csv_columns():
     return CSV_COLUMNS + list(metrics)
 
 def refuse_other_columns(table):
-    """FileExistsError if results.csv was written by a version with other columns."""
-    if table.exists() and table.read_text().partition("\n")[0].strip() != ",".join(csv_columns()):
-        raise FileExistsError(f"{table} has other columns than this version writes: move it away")
+    """FileExistsError if results.csv is not a table of runs."""
+    if table.exists() and "run" not in table.read_text().partition("\n")[0].split(","):
+        raise FileExistsError(f"{table} has other columns than a table of runs: move it away")
 
 def provenance():
     git = None
@@ -78,6 +80,12 @@ def print_bytes(model, a, tokens):
     sizes = estimate_bytes(model, a, tokens)
     for kind, n in {**sizes, "peak (estimate)": sum(sizes.values())}.items():
         print(f"  {kind:24s}{n / 1e9:9.3f} GB")
+
+def escape_unprintable():
+    """A terminal may not know the characters that a model writes: print them as escapes, do not fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 def log_line(r, total):
     """The record of a step as a line to read."""
@@ -129,10 +137,17 @@ def add_to_table(out, a, results, eval_rows, n_rows):
         row = {k: row[k] for k in ("date", "run", "task", "eval_data", "eval_rows", "eval_seconds")}
         row |= {"method": "evaluation", "model": a.eval_only}
     row |= {name: x["value"] for name, x in after["metrics"].items()}
-    with open(out.parent / "results.csv", "a", newline="") as f:
-        writer = csv.DictWriter(f, csv_columns(), extrasaction="ignore")
-        if f.tell() == 0:
+    with open(out.parent / "results.csv", "a+", newline="") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)               # other runs write to it as well
+        f.seek(0)
+        reader = csv.DictReader(f)
+        rows = list(reader)
+        columns = list(dict.fromkeys([*(reader.fieldnames or []), *csv_columns()]))
+        writer = csv.DictWriter(f, columns, extrasaction="ignore")
+        if columns != reader.fieldnames:            # the table is new, or a task or flag has added columns
+            f.truncate(0)
             writer.writeheader()
+            writer.writerows(rows)
         writer.writerow(row)
 
 def print_metrics(before, after):
@@ -159,6 +174,26 @@ def warn_of_guessing(loss, vocab_size):
     if abs(loss / math.log(vocab_size) - 1) < 0.05:
         print(f"warning: the first loss is near ln({vocab_size}), as if by guessing: do the weights, the "
               f"tokenizer and the config belong together?")
+
+def stop_if_not_finite(last, losses, norms, examples, a):
+    """losses and norms (n,) of the n steps up to `last`: raise if one is not finite, and name its rows. From
+    that step on nothing has moved."""
+    bad = (~(losses + norms).isfinite()).nonzero()
+    if len(bad) == 0:
+        return
+    i = bad[0].item()
+    step = last + 1 - len(losses) + i
+    rows = ", ".join(str(e.row) for e in batch_of(step, examples, a))
+    raise FloatingPointError(f"stopped at step {step + 1}: loss {losses[i].item()}, gradient norm "
+                             f"{norms[i].item()}; nothing has moved since. Lower --lr and --lora-lr, or look "
+                             f"at rows {rows}")
+
+def stop_if_not_routed(last, scores, gates, a):
+    """scores and gates (n, modules, experts) of the n steps up to `last`: raise if the rule or route failed."""
+    if not scores.isfinite().all():
+        raise FloatingPointError(f"rule {a.score} gave a score that is not finite by step {last + 1}")
+    if not ((0 <= gates) & (gates <= 1)).all():
+        raise FloatingPointError(f"route {a.route} gave a gate that is not from 0 to 1 by step {last + 1}")
 
 def print_summary(gates, module_names, losses, a, out):
     """The last lines of a run: who moved, where the model is, and whether its export lost something."""

@@ -368,8 +368,7 @@ def test_the_demonstration_shows_epd_sending_low_rank_to_lora_and_full_rank_to_t
               if x.rstrip()[-4:-2] == "e-"]
     assert len(shares) == 2 and shares[0] < 50 < shares[1]
     assert all(name in out.stdout for name in SCORES)
-    verdicts = [line.split(":")[0].strip() for line in out.stdout.splitlines() if line.startswith(" " * 12)
-                and ":" in line]
+    verdicts = [line[12:-1] for line in out.stdout.splitlines() if line.startswith(" " * 12) and line[-1] == ":"]
     assert len(verdicts) == len(SCORES) and verdicts[0] == "routes by layer"
     assert verdicts[4] == verdicts[5] == "does not route" and verdicts[6] == "moves both, in no layer's favour"
 
@@ -636,6 +635,16 @@ def test_a_rule_sees_the_step_that_adamw_would_take_and_the_weight_of_its_module
     (lambda e: e.lr * math.nan, FloatingPointError, "rule <lambda> gave nan for a full expert")])
 def test_a_rule_that_gives_no_finite_number_is_named_at_once(rule, error, message):
     net, optimizer = molf_net(score=rule)
+    with pytest.raises(error, match=message):
+        step(net, optimizer, batches(1)[0])
+
+
+@pytest.mark.parametrize("route, error, message", [
+    (lambda scores, *_: scores[:, :1], TypeError, r"gates of shape \[3, 1\], not \(modules, experts\)"),
+    (lambda scores, *_: scores * math.nan, FloatingPointError, "not from 0 to 1"),
+    (lambda scores, *_: torch.full_like(scores, 2.0), FloatingPointError, "not from 0 to 1")])
+def test_a_route_that_gives_no_gates_is_refused_at_once(route, error, message):
+    net, optimizer = molf_net(route=route)
     with pytest.raises(error, match=message):
         step(net, optimizer, batches(1)[0])
 

@@ -313,6 +313,12 @@ def test_a_rule_and_a_task_of_ones_own_are_one_entry_each(tmp_path, monkeypatch)
     with open(tmp_path / "results.csv") as f:
         (row,) = csv.DictReader(f)
     assert row["right"] == str(results["after"]["right"]["value"]) and row["score"] == "norm"
+    main("--limit", 8, "--epochs", 1, "--out", tmp_path / "other")      # the table keeps its columns and rows
+    monkeypatch.delitem(data.TASKS, "mine")
+    main("--limit", 8, "--epochs", 1, "--out", tmp_path / "third")
+    with open(tmp_path / "results.csv") as f:
+        first, second, third = csv.DictReader(f)
+    assert first == row and second["right"] == third["right"] == "" and second["ES"] == third["ES"] != ""
     assert len(load_file(tmp_path / "run" / "routing.safetensors")["gates"]) == 3 * 2   # a row is held out
 
 
@@ -750,6 +756,10 @@ def test_a_run_that_diverges_leaves_its_last_good_model(tmp_path, monkeypatch):
     assert all(t.isfinite().all() for t in load_file(tmp_path / "last-good" / "model.safetensors").values())
     monkeypatch.setitem(train.SCORES, "epd", lambda e: e.lr * math.nan)
     with pytest.raises(SystemExit, match="rule epd gave a score that is not finite"):
+        main("--limit", 8, "--epochs", 1, "--out", tmp_path)
+    monkeypatch.setitem(train.SCORES, "epd", molf.epd)
+    monkeypatch.setitem(train.ROUTES, "topk", lambda scores, *_: scores * math.nan)
+    with pytest.raises(SystemExit, match="route topk gave a gate that is not from 0 to 1 by step 1"):
         main("--limit", 8, "--epochs", 1, "--out", tmp_path)
 
 
