@@ -1,9 +1,6 @@
 """The model against `transformers`, the experts against plain autograd, checkpoints, and bad input."""
-import hashlib
-import http.server
 import json
 import os
-import threading
 from pathlib import Path
 
 import pytest
@@ -14,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (AutoModelForCausalLM, Gemma3Config, Gemma3ForCausalLM,
                           Gemma3ForConditionalGeneration, Gemma3TextConfig, Qwen2Config, Qwen2ForCausalLM)
 
-from model import Config, MoLFLinear, Packed, RMSNorm, Transformer, add_experts, find_checkpoint, fold, unfold
+from model import Config, MoLFLinear, Packed, RMSNorm, Transformer, add_experts, fold, unfold
 
 SMALL = dict(vocab_size=97, hidden_size=64, intermediate_size=80, num_hidden_layers=4, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=128)
