@@ -218,7 +218,7 @@ class Checkpoints:
     whole or not there. It holds model.NAME, optimizer.I.NAME (the state of parameter I), routing.NAME (of
     the optimizer), history.NAME (of the loop), rng.cpu and rng.cuda; its header has the rest.
 
-    As a context it notes in `asked` that SIGTERM or Ctrl-C wants the run to end. The loop then saves and
+    As a context it notes in `asked` that SIGTERM, SIGHUP or Ctrl-C wants the run to end. The loop then saves and
     calls leave_if_asked. A second signal ends the process at once."""
 
     def __init__(self, out, model, optimizer, a, run=""):
@@ -293,6 +293,8 @@ class Checkpoints:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:       # nohup has it ignored
+            self.handlers[signal.SIGHUP] = signal.getsignal(signal.SIGHUP)
         for number in self.handlers:
             signal.signal(number, ask)
         return self

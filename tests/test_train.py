@@ -510,11 +510,12 @@ def test_twenty_kills_lose_at_most_the_step_they_fall_into(tmp_path):
     assert not (tmp_path / "killed" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_saves_and_leaves(number, code, tmp_path):
     command = [sys.executable, ROOT / "train.py", *RUN, "--epochs", "400", "--save-every", "1000"]
     child = subprocess.Popen([*command, "--out", tmp_path], stdout=subprocess.PIPE, text=True,
-                             env=os.environ | {"OMP_NUM_THREADS": "1"})
+                             env=os.environ | {"OMP_NUM_THREADS": "1"},
+                             preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))    # nohup ignores SIGHUP
     for line in child.stdout:
         if line.startswith("step"):
             child.send_signal(number)
