@@ -21,6 +21,7 @@ plain AdamW step. All arithmetic is fp32; the state holds an fp32 master copy of
     optimizer.gates, optimizer.scores           # (modules, experts) of the last step, on the device
     python molf.py                              # a demonstration: which expert moves where, rule by rule
 """
+import math
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,8 @@ LR, DECAY, STEP_SIZE, CORRECTION, T = range(5)
 # ------------------------------------------------------------------------------------------------------------
 # ROUTING RULES: EDIT HERE. A rule scores one expert at one step and returns a 0-d tensor. To try your own,
 # write a function and add it to SCORES, then run `train.py --score yours`. On a GPU, train.py compiles the
-# rule and replays it as a CUDA graph. A rule with .item(), or with `if` on a tensor, needs `--eager` there.
+# rule and replays it as a CUDA graph: a rule with .item(), with `if` on a tensor, or with a state of its own
+# needs `--eager` there. The same holds for a route.
 
 class Expert(NamedTuple):
     """What a rule sees of an expert. The rule must change nothing. The lists run over the expert's
@@ -114,7 +116,7 @@ def always_full(e):
     return torch.full_like(e.lr, e.kind == "full")
 
 def always_lora(e):
-    """Control: LoRA moves at every step. The embedding and the norms train as well, unlike in plain LoRA."""
+    """Control: LoRA moves at every step. The embedding and the norms train too, unlike in plain LoRA."""
     return torch.full_like(e.lr, e.kind == "lora")
 
 def coin(e):
@@ -132,7 +134,7 @@ SCORES = {
 }
 
 # A route turns the scores of a step into gates. An expert moves with gate x lr: 0 keeps its bits, 1 is AdamW.
-# Add yours to ROUTES and run `train.py --route yours`. It also runs inside the CUDA graph.
+# Add yours to ROUTES and run `train.py --route yours`.
 #   scores  (modules, experts)    of any size and sign (EPD's are tiny); NaN where a module has no gradient,
 #                                 which then doesn't move, whatever its gates
 #   gates   (modules, experts)    those of the last step; 0 at first, and where a module didn't move.
@@ -145,9 +147,8 @@ def topk(scores, gates, step, top_k):
     return torch.zeros_like(scores).scatter(-1, order[:, :top_k], 1.0)
 
 def softmax(scores, gates, step, top_k, temperature=0.2):
-    """All experts move, the better ones more; the gates of a module sum to top_k, but none is above 1.
-    Scores are first divided by the largest of their module, because EPD's are tiny and decay with the
-    learning rate."""
+    """All experts move, the better ones more. The gates are top_k times a softmax, and at most 1. Scores are
+    first divided by the largest of their module, because EPD's are tiny and decay with the learning rate."""
     largest = scores.abs().amax(dim=-1, keepdim=True)
     share = scores / largest.clamp_min(1e-30)
     return (top_k * (share / temperature).softmax(dim=-1)).clamp_max(1)
@@ -172,8 +173,8 @@ def adam_moments(g, m, v, beta1, beta2):
     return torch.lerp(m, g, 1 - beta1), torch.addcmul(v * beta2, g, g, value=1 - beta2)
 
 def adamw(e, w, m, v):
-    """-> w after AdamW's step. Vectors, as the bias of a full expert, do not decay."""
-    decay = e.rates[DECAY] if w.dim() > 1 else 1.0
+    """-> w after AdamW's step. The bias of a full expert does not decay."""
+    decay = e.rates[DECAY] if w.dim() > 1 or e.kind == "rest" else 1.0
     return w * decay - e.rates[STEP_SIZE] * m / (v.sqrt() / e.rates[CORRECTION] + e.eps)
 
 def observe(e, clip):
@@ -208,10 +209,13 @@ def observe_and_move(e, clip, ok):
     write_moments(e, m, v, ok)
     move(e, ok.float())                                 # e.m and e.v, the stored ones, are new now
 
+def name_of(function):
+    return getattr(function, "__name__", function)
+
 class MoLFAdamW(torch.optim.Optimizer):
     """AdamW with routing. `groups` come from `param_groups`: one for each expert, and groups of kind "rest",
     which are not routed. score and route are functions as above; top_k goes to route. A module without
-    gradients sits the step out. One with a single expert needs no scores. Vectors do not decay.
+    gradients sits the step out. A single expert always has score 0 and gate 1.
 
     step(clip=..., ok=...) takes 0-d tensors on the device and never waits for it. clip is a factor of all
     gradients. Where ok is False, no parameter and no moment changes, but steps and t are counted. Without
@@ -220,7 +224,7 @@ class MoLFAdamW(torch.optim.Optimizer):
 
     def __init__(self, groups, lr=5e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
                  score=epd, route=topk, top_k=1):
-        groups = [dict(group) for group in groups]
+        groups = [dict(g) if isinstance(g, dict) else dict(params=[g]) for g in groups]
         self.weights = [group.pop("weight", None) for group in groups]      # not for state_dict()
         routing = dict(kind="rest", module="", expert=0, scale=1.0, t=0)
         super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **routing))
@@ -250,6 +254,11 @@ class MoLFAdamW(torch.optim.Optimizer):
         self.gates = torch.zeros_like(self.scores) if n > 1 else torch.ones_like(self.scores)
         self.steps = torch.zeros((), dtype=torch.long, device=p.device)
 
+    def add_param_group(self, group):
+        if hasattr(self, "steps"):
+            raise RuntimeError("MoLFAdamW takes all its groups when it is made")
+        super().add_param_group(group)
+
     @property
     def winners(self):
         return self.gates > 0
@@ -262,15 +271,20 @@ class MoLFAdamW(torch.optim.Optimizer):
             ok = torch.ones_like(self.steps, dtype=torch.bool)
         rates = self.rates(self.groups_with_gradient())
         if self.routed:
-            scores = [self.score_expert(i, rates[i], clip, ok, check) for i in spread(self.routed)]
+            scores = []
+            for i in spread(self.routed):
+                scores.append(self.score_expert(i, rates[i], clip, ok))
             self.scores.copy_(torch.stack(scores).view_as(self.scores))
+            if check:
+                self.check_scores()
             gates = self.route(self.scores, self.gates, self.steps, self.top_k)
             if gates.shape != self.scores.shape:
-                raise TypeError(f"the route gave gates of shape {list(gates.shape)}, not (modules, experts)")
+                raise TypeError(f"route {name_of(self.route)} gave gates of shape {list(gates.shape)}, not "
+                                f"(modules, experts)")
             idle = self.scores.isnan().any(dim=-1, keepdim=True)            # (modules, 1): no gradient
             self.gates.copy_(torch.where(ok & ~idle, gates, 0.0))
             if check and not ((0 <= self.gates) & (self.gates <= 1)).all():     # waits for the device
-                raise FloatingPointError("the route gave a gate that is not from 0 to 1")
+                raise FloatingPointError(f"route {name_of(self.route)} gave a gate that is not from 0 to 1")
             for i, gate in spread(zip(self.routed, self.gates.flatten())):
                 move(self.expert(i, rates[i]), gate)
         for i in spread(self.alone):
@@ -278,18 +292,23 @@ class MoLFAdamW(torch.optim.Optimizer):
         self.steps += 1
         return loss
 
-    def score_expert(self, i, rates, clip, ok, check):
+    def score_expert(self, i, rates, clip, ok):
         """The moments of expert i see its gradient. -> the score, NaN where there is no gradient"""
         e = self.expert(i, rates)
         if not e.g:
             return rates.new_full((), torch.nan)
         score = observe_and_score(self.score, e, clip, ok)
-        rule = getattr(self.score, "__name__", self.score)
         if not isinstance(score, torch.Tensor) or score.shape != ():
-            raise TypeError(f"rule {rule} gave {score!r}, not a 0-d tensor")
-        if check and not score.isfinite():              # waits for the device
-            raise FloatingPointError(f"rule {rule} gave {score.item()} for a {e.kind} expert")
+            raise TypeError(f"rule {name_of(self.score)} gave {score!r}, not a 0-d tensor")
         return score
+
+    def check_scores(self):
+        for i, score in zip(self.routed, self.scores.flatten().tolist()):       # waits for the device
+            group = self.param_groups[i]
+            has_gradient = any(p.grad is not None for p in group["params"])
+            if has_gradient and not math.isfinite(score):
+                raise FloatingPointError(f"rule {name_of(self.score)} gave {score} for the {group['kind']} "
+                                         f"expert of {group['module']}")
 
     def expert(self, i, rates):
         """-> group i as an Expert, with what the state holds now: old moments, or new ones after

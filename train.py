@@ -159,7 +159,7 @@ def flags_of_the_resumed(p, a, argv):
     p.set_defaults(**{k: v for k, v in flags.items() if k not in OF_THIS_CALL})
     a = parse(p, argv)
     for key, known in (("task", data.TASKS), ("score", SCORES), ("route", ROUTES)):
-        if flags[key] not in known:
+        if key in flags and flags[key] not in known:
             p.error(f"--resume: {a.out} ran with --{key} {flags[key]}, which is not here any more")
     changed = [k for k in flags if k not in MAY_CHANGE and getattr(a, k) != flags[k]]
     if changed:
@@ -217,7 +217,7 @@ def grad_norm(optimizer):
     side: it replaces molf.spread."""
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norms = []
-    for part in molf.spread([grads[i::4] for i in range(4)]):
+    for part in molf.spread([grads[i::4] for i in range(min(4, len(grads)))]):
         norms += torch._foreach_norm(part, dtype=torch.float32)
     return torch.stack(norms).norm()
 
@@ -289,7 +289,7 @@ def train(model, optimizer, examples, a, log=print, held_out=None, checkpoints=N
         last = step == total - 1
         looking = held_out and (step + 1) % a.eval_every == 0
         saving = checkpoints and (last or (step + 1) % a.save_every == 0 or checkpoints.asked)
-        logging = last or step == first or (step + 1) % a.log_every == 0 or looking or saving
+        logging = last or step == first or (step + 1) % a.log_every == 0 or saving
         rates = {kind: optimizer.param_groups[i]["lr"] for kind, i in group_of.items()}
         before = [rows.clone() for rows in sampled] if logging else []      # (`sampled` are views)
         loss, norm = do_step(batch)

@@ -148,17 +148,19 @@ def ours(method, folder, a, device):
 
     def prepare(batches):
         step = train.make_step(model, optimizer, batches, flags)
-        if not isinstance(step, FastStep):
-            return step, None
+        fast = isinstance(step, FastStep)
 
         def forward_backward(batch):
-            micros, _ = step.inputs(batch)
+            micros = step.inputs(batch)[0] if fast else [
+                data.to_device(m, device) for m in data.micro_batches(batch, flags.max_tokens)]
 
             def run():
                 for micro in micros:            # (they are the graph's inputs: alive as long as `run`)
                     model.loss(*micro).backward()
                 for p in model.parameters():
                     p.grad = None
+            if not fast or device.type != "cuda":
+                return run
             graph = torch.cuda.CUDAGraph()
             with replaced(step.parts), torch.cuda.graph(graph, pool=step.pool):
                 run()

@@ -77,14 +77,17 @@ def fast_parts(cuda):
 @contextmanager
 def replaced(parts):
     """Put the parts in their places; afterwards everything is as it was."""
-    old = {place: getattr(*place) for place in parts}
+    old = {place: vars(place[0]).get(place[1]) for place in parts}      # None: it is the class's, not its own
     for (owner, name), part in parts.items():
         setattr(owner, name, part)
     try:
         yield
     finally:
         for (owner, name), part in old.items():
-            setattr(owner, name, part)
+            if part is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, part)
 
 def padded(n):
     """n rounded up to a multiple of 16, or of a 128th of the next power of two if that is more. So there are
@@ -117,8 +120,9 @@ class FastStep:
         # Compiled code copies an input that does not begin at a multiple of 16 bytes. So each row of rates
         # has the place of 8 numbers, and each gate that of 4.
         self.rates = torch.zeros(len(optimizer.param_groups), 8, device=self.device)[:, :5]
-        gates = torch.zeros(*optimizer.gates.shape, 4, device=self.device)[..., 0]
-        optimizer.gates = gates.copy_(optimizer.gates)
+        if optimizer.gates.stride(-1) == 1:
+            gates = torch.zeros(*optimizer.gates.shape, 4, device=self.device)[..., 0]
+            optimizer.gates = gates.copy_(optimizer.gates)
         self.recordings, self.pool, self.warm = {}, None, False
         self.targets = {}               # tokens of a micro-batch -> the most targets
         self.example = {}               # tokens of a micro-batch -> a batch

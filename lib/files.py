@@ -218,8 +218,8 @@ class Checkpoints:
     whole or not there. It holds model.NAME, optimizer.I.NAME (the state of parameter I), routing.NAME (of
     the optimizer), history.NAME (of the loop), rng.cpu and rng.cuda; its header has the rest.
 
-    As a context it notes in `asked` that SIGTERM, SIGHUP or Ctrl-C wants the run to end. The loop then saves and
-    calls leave_if_asked. A second signal ends the process at once."""
+    As a context it notes in `asked` that SIGTERM, SIGHUP or Ctrl-C wants the run to end. The loop then saves
+    and calls leave_if_asked. A second signal ends the process at once."""
 
     def __init__(self, out, model, optimizer, a, run=""):
         self.folder = Path(out) / "checkpoints"

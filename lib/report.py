@@ -189,7 +189,7 @@ def stop_if_not_finite(last, losses, norms, examples, a):
                              f"at rows {rows}")
 
 def stop_if_not_routed(last, scores, gates, a):
-    """scores and gates (n, modules, experts) of the n steps up to `last`: raise if the rule or route failed."""
+    """scores and gates (n, modules, experts) of the n steps up to `last`: raise if rule or route failed."""
     if not scores.isfinite().all():
         raise FloatingPointError(f"rule {a.score} gave a score that is not finite by step {last + 1}")
     if not ((0 <= gates) & (gates <= 1)).all():

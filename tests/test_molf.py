@@ -331,6 +331,24 @@ def test_a_forgotten_unfold_is_an_error():
         optimizer.step()
 
 
+def test_groups_of_ones_own_and_bare_parameters_take_torch_adamw():
+    """What is not routed decays as its group says, vectors too."""
+    torch.manual_seed(0)
+    ours = [nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(2, 3))]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    optimizer = MoLFAdamW(ours, lr=0.1, weight_decay=0.5)
+    reference = torch.optim.AdamW(theirs, lr=0.1, weight_decay=0.5, foreach=False)
+    for _ in range(5):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        optimizer.step()
+        reference.step()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    with pytest.raises(RuntimeError, match="takes all its groups when it is made"):
+        optimizer.add_param_group(dict(params=[nn.Parameter(torch.ones(1))]))
+
+
 @pytest.mark.parametrize("top_k", [0, 3])
 def test_top_k_out_of_range(top_k):
     with pytest.raises(ValueError, match="2 experts: give 1 to 2"):
@@ -632,7 +650,7 @@ def test_a_rule_sees_the_step_that_adamw_would_take_and_the_weight_of_its_module
 @pytest.mark.parametrize("rule, error, message", [
     (lambda e: 0.5, TypeError, "rule <lambda> gave 0.5, not a 0-d tensor"),
     (lambda e: e.g[0], TypeError, "not a 0-d tensor"),
-    (lambda e: e.lr * math.nan, FloatingPointError, "rule <lambda> gave nan for a full expert")])
+    (lambda e: e.lr * math.nan, FloatingPointError, "rule <lambda> gave nan for the full expert of up")])
 def test_a_rule_that_gives_no_finite_number_is_named_at_once(rule, error, message):
     net, optimizer = molf_net(score=rule)
     with pytest.raises(error, match=message):

@@ -403,6 +403,29 @@ def test_one_batch_of_8_is_8_batches_of_1_accumulated():
     assert losses[0] == pytest.approx(total / n, abs=1e-5)
 
 
+def test_the_norm_is_that_of_all_gradients_and_clips_them():
+    """Against torch.nn.utils.clip_grad_norm_ and torch.optim.AdamW, over one step whose norm is clipped."""
+    _, examples = toy_examples()
+    model, plain = (Transformer.from_pretrained("toy", torch.float32) for _ in range(2))
+    add_experts(model, ranks=())
+    optimizer = MoLFAdamW(param_groups(model, lr=1e-2, weight_decay=0.0))
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.0, foreach=False)
+    micro, n = data.to_device(examples, "cpu"), data.count_targets(examples)
+    ok = torch.ones((), dtype=torch.bool)
+    for max_norm in (0.3, 100.0):
+        loss, norm = train.train_step(model, optimizer, [micro], n, max_norm, ok)
+        want = plain.loss(*micro) / n
+        want.backward()
+        want_norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), max_norm)
+        assert (want_norm > 1) and norm.item() == pytest.approx(want_norm.item(), rel=1e-5)
+        assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+        reference.step()
+        reference.zero_grad()
+    moments = {name: optimizer.state[p]["exp_avg_sq"] for name, p in model.named_parameters()}
+    for name, p in plain.named_parameters():        # moments, because Adam's step hardly knows the clipping
+        torch.testing.assert_close(moments[name], reference.state[p]["exp_avg_sq"], rtol=1e-3, atol=1e-9)
+
+
 def test_warm_up_then_cosine_to_zero():
     f = [train.lr_factor(i, 100, 0.1) for i in range(100)]
     assert f[0] == pytest.approx(0.1) and f[9] == f[10] == 1 and f[55] == pytest.approx(0.5)
@@ -430,8 +453,6 @@ def test_bytes_of_a_run_are_counted_as_they_are():
             optimizer.step()
             fold(model)
 
-
-# --------------------------------------------------------------------------------------------------- resuming
 
 # ------------------------------------------------------------------------------------- compiled and captured
 
