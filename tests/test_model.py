@@ -424,8 +424,6 @@ def test_add_experts_refuses_what_makes_no_sense_and_freezes_what_it_should(tmp_
         assert all(layer.weight.requires_grad == full for layer in layers) and len(layers) == 7 * 4
 
 
-# ------------------------------------------------------------------------------------------ a hub of our own
-
 # -------------------------------------------------------------------------------------------- where a GPU is
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

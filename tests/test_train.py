@@ -454,7 +454,7 @@ def test_bytes_of_a_run_are_counted_as_they_are():
             fold(model)
 
 
-# ------------------------------------------------------------------------------------- compiled and captured
+# ------------------------------------------------------------------------------- killed, stopped and resumed
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("method", ["fft", "lora", "molf", "molf-e"])
