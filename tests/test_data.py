@@ -236,7 +236,8 @@ def test_options_counted_from_1_are_recognised_and_rows_without_an_answer_skippe
 
 @pytest.mark.parametrize("cops, message", [
     ([0, 4], r"holds \[0, 4\].*cannot be told"), ([1, 2, 3], "cannot be told"), ([0, 5], "2: field cop is 5"),
-    ([0, "1"], "line 2: field cop is not a whole number"), ([0, True], "not a whole number"), ([0, 1.5], "not a whole number")])
+    ([0, "1"], "line 2: field cop is not a whole number"), ([0, True], "not a whole number"),
+    ([0, 1.5], "not a whole number")])
 def test_answers_that_make_no_sense(tmp_path, cops, message):
     with pytest.raises(ValueError, match=message):
         med_rows(tmp_path, cops)

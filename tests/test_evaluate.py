@@ -40,7 +40,8 @@ def test_a_model_that_never_stops_and_one_that_writes_no_text_are_counted(monkey
     eos = tokenizer.eos_id
     new = iter([right + [eos], right + [eos], [half, eos], [right[0]] * 256])
     model = Transformer.from_pretrained("toy", torch.float32)
-    monkeypatch.setattr(evaluation, "continue_all", lambda model, prompts, *args: [next(new) for _ in prompts])
+    monkeypatch.setattr(evaluation, "continue_all",
+                        lambda model, prompts, *args: [next(new) for _ in prompts])
     result, predictions = evaluate(model, tokenizer, data.TASKS["sql"], questions, 1000)
     counts = result["counts"]
     assert counts["not stopped"] == 1 and counts["not UTF-8"] == 1 and counts["child killed"] == 0

@@ -44,6 +44,19 @@ def make(family, path, seed=0):
     return reference
 
 
+def multimodal(path):
+    """A Gemma-3 with a vision tower, saved at `path`."""
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                  image_size=28, patch_size=14)
+    text = {k: v for k, v in GEMMA.items() if k != "vocab_size"}
+    config = Gemma3Config(text_config=dict(text, vocab_size=120), vision_config=vision, mm_tokens_per_image=4,
+                          image_token_index=110, boi_token_index=111, eoi_token_index=112)
+    torch.manual_seed(0)
+    both = Gemma3ForConditionalGeneration(config).eval()
+    both.save_pretrained(path)
+    return both
+
+
 def close(a, b, tolerance=1e-4):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
@@ -214,14 +227,7 @@ def test_saved_model_loads_in_transformers_with_our_logits(pair, tmp_path, full,
 
 
 def test_multimodal_gemma_gives_its_text_part(tmp_path):
-    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-                  image_size=28, patch_size=14)
-    text = {k: v for k, v in GEMMA.items() if k != "vocab_size"}
-    config = Gemma3Config(text_config=dict(text, vocab_size=120), vision_config=vision, mm_tokens_per_image=4,
-                          image_token_index=110, boi_token_index=111, eoi_token_index=112)
-    torch.manual_seed(0)
-    both = Gemma3ForConditionalGeneration(config).eval()
-    both.save_pretrained(tmp_path)
+    both = multimodal(tmp_path)
     ids = random_ids(2, 14)
     with torch.no_grad():
         want = both(input_ids=ids, token_type_ids=torch.zeros_like(ids)).logits
@@ -236,13 +242,7 @@ def test_multimodal_gemma_gives_its_text_part(tmp_path):
 
 
 def test_the_adapter_of_a_multimodal_gemma_works_in_peft(tmp_path):
-    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-                  image_size=28, patch_size=14)
-    text = {k: v for k, v in GEMMA.items() if k != "vocab_size"}
-    config = Gemma3Config(text_config=dict(text, vocab_size=120), vision_config=vision, mm_tokens_per_image=4,
-                          image_token_index=110, boi_token_index=111, eoi_token_index=112)
-    torch.manual_seed(0)
-    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    multimodal(tmp_path / "base")
     ours = Transformer.from_pretrained(tmp_path / "base", torch.float32)
     for layer in add_experts(ours, ranks=(2, 3), full=False):
         for b in layer.B:

@@ -386,9 +386,11 @@ def test_the_demonstration_shows_epd_sending_low_rank_to_lora_and_full_rank_to_t
               if x.rstrip()[-4:-2] == "e-"]
     assert len(shares) == 2 and shares[0] < 50 < shares[1]
     assert all(name in out.stdout for name in SCORES)
-    verdicts = [line[12:-1] for line in out.stdout.splitlines() if line.startswith(" " * 12) and line[-1] == ":"]
+    verdicts = [line[12:-1] for line in out.stdout.splitlines()
+                if line.startswith(" " * 12) and line[-1] == ":"]
     assert len(verdicts) == len(SCORES) and verdicts[0] == "routes by layer"
-    assert verdicts[4] == verdicts[5] == "does not route" and verdicts[6] == "moves both, in no layer's favour"
+    assert verdicts[4] == verdicts[5] == "does not route"
+    assert verdicts[6] == "moves both, in no layer's favour"
 
 
 def test_a_parameter_that_joins_late_counts_its_own_steps():
@@ -437,7 +439,7 @@ def test_the_route_in_the_readme_works():
     assert sorted(optimizer.gates.flatten().tolist()) == [0.5] * 3 + [1.0] * 3
 
 
-# ---------------------------------------------------------------------------- the paper's equations, transcribed
+# ------------------------------------------------------------------------- the paper's equations, transcribed
 
 def transcribed(shapes, ranks, alpha, rule, lr, lora_lr, with_bias, experts, data, steps):
     """MoLF as its paper writes it, on a chain of linears and tanh, with loops and plain autograd, and nothing
@@ -448,7 +450,8 @@ def transcribed(shapes, ranks, alpha, rule, lr, lora_lr, with_bias, experts, dat
         W, bias, As, Bs = experts[name]
         modules = [dict(params=[W] + ([bias] if with_bias else []), lr=lr, decays=[decay, 0.0], s=1.0)]
         for r, A, B in zip(ranks, As, Bs):
-            modules.append(dict(params=[A, B], lr=lora_lr, decays=[lora_decay, lora_decay], s=alpha / r ** 0.5))
+            s = alpha / r ** 0.5
+            modules.append(dict(params=[A, B], lr=lora_lr, decays=[lora_decay, lora_decay], s=s))
         for e in modules:
             e["m"] = [torch.zeros_like(p) for p in e["params"]]
             e["v"] = [torch.zeros_like(p) for p in e["params"]]
@@ -498,8 +501,8 @@ def transcribed(shapes, ranks, alpha, rule, lr, lora_lr, with_bias, experts, dat
 @pytest.mark.parametrize("rule", [epd, pfn])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_200_steps_are_those_of_the_papers_equations(ranks, rule, with_bias):
-    """fp32; the same winners at every step, and at the end the same weights. A bias is part of its layer's full
-    expert: in the score and in N, moved when that expert wins, without weight decay."""
+    """fp32; the same winners at every step, and at the end the same weights. A bias is part of its layer's
+    full expert: in the score and in N, moved when that expert wins, without weight decay."""
     torch.manual_seed(0)
     shapes = {"a": (12, 32), "b": (32, 32), "c": (32, 6)}
     net = nn.ModuleDict({n: nn.Linear(*shape, bias=with_bias) for n, shape in shapes.items()})
@@ -509,7 +512,8 @@ def test_200_steps_are_those_of_the_papers_equations(ranks, rule, with_bias):
     optimizer = MoLFAdamW(param_groups(net, lr=2e-3, lora_lr=3e-3, weight_decay=0.1, lora_weight_decay=0.01),
                           score=rule)
     copies = {n: (m.full.detach().clone(), m.bias.detach().clone() if with_bias else None,
-                  [a.detach().clone() for a in m.A], [b.detach().clone() for b in m.B]) for n, m in net.items()}
+                  [a.detach().clone() for a in m.A], [b.detach().clone() for b in m.B])
+              for n, m in net.items()}
     want, layers = transcribed(shapes, ranks, 4, rule.__name__, 2e-3, 3e-3, with_bias, copies, data, 200)
     for t, (x, y) in enumerate(data):
         for layer in net.values():
@@ -528,7 +532,7 @@ def test_200_steps_are_those_of_the_papers_equations(ranks, rule, with_bias):
             torch.testing.assert_close(b, e["params"][1], rtol=0, atol=1e-5)
 
 
-# ----------------------------------------------------------------------------------------- gates and their routes
+# ------------------------------------------------------------------------------------- gates and their routes
 
 def test_an_expert_moves_with_gate_times_lr_and_a_bias_does_not_decay():
     """Against AdamW with lr and weight decay scaled by the gate: 0 keeps every bit, 1 is the whole step."""
@@ -540,7 +544,7 @@ def test_an_expert_moves_with_gate_times_lr_and_a_bias_does_not_decay():
         for g in groups:
             for p in g["params"]:
                 p.grad = torch.randn_like(p)
-                p.detach()[0] = -0.0                                    # a bit that 0 times something would lose
+                p.detach()[0] = -0.0                            # a bit that 0 times something would lose
                 start[p] = p.detach().clone()
                 twins[p] = nn.Parameter(start[p].clone())
                 twins[p].grad = p.grad.clone()
@@ -599,14 +603,15 @@ def test_every_route_and_a_coin_resume_bit_for_bit(route):
     assert len({tuple(g.flatten().tolist()) for g in want}) > 1
 
 
-# ---------------------------------------------------------------------------------------------- what a rule sees
+# ------------------------------------------------------------------------------------------- what a rule sees
 
 def test_a_rule_sees_the_step_that_adamw_would_take_and_the_weight_of_its_module():
     """The step is the change of a copy under torch.optim.AdamW; the weight is W_eff, or the frozen W."""
     seen = {}
 
     def spy(e):
-        seen.setdefault(e.kind, []).append((e.t.item(), [x.clone() for x in e.adamw_step()], e.weight.clone()))
+        steps = [x.clone() for x in e.adamw_step()]
+        seen.setdefault(e.kind, []).append((e.t.item(), steps, e.weight.clone()))
         return e.lr * 0
     for full in (True, False):
         seen.clear()

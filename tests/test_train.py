@@ -222,7 +222,8 @@ def test_the_export_says_where_generation_stops(tmp_path):
     shutil.copytree(TOY, tmp_path / "m")
     (tmp_path / "m" / "generation_config.json").unlink()
     path = tmp_path / "m" / "config.json"
-    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if "token_id" not in k}))
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in config.items() if "token_id" not in k}))
     eos = Tokenizer.from_file(tmp_path / "m").eos_id
     main("--model", tmp_path / "m", "--data", "toy", "--limit", 8, "--epochs", 1, "--ranks", 4,
          "--out", tmp_path / "run")
@@ -272,7 +273,8 @@ def test_soft_and_sticky_gates_are_kept_and_a_resumed_run_is_the_whole_one(route
     gates = load_file(tmp_path / "whole" / "routing.safetensors")["gates"]
     assert gates.shape == (32, 42, 2)
     if route == "softmax":
-        assert gates.dtype == torch.float32 and ((0 < gates) & (gates < 1)).all() and "mean gate of" in printed
+        assert gates.dtype == torch.float32 and ((0 < gates) & (gates < 1)).all()
+        assert "mean gate of" in printed
         torch.testing.assert_close(gates.sum(-1), torch.ones(32, 42))
     else:
         assert gates.dtype == torch.bool and "steps won by" in printed
@@ -536,7 +538,7 @@ def test_a_signal_saves_and_leaves(number, code, tmp_path):
     command = [sys.executable, ROOT / "train.py", *RUN, "--epochs", "400", "--save-every", "1000"]
     child = subprocess.Popen([*command, "--out", tmp_path], stdout=subprocess.PIPE, text=True,
                              env=os.environ | {"OMP_NUM_THREADS": "1"},
-                             preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))    # nohup ignores SIGHUP
+                             preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))  # nohup: ignored
     for line in child.stdout:
         if line.startswith("step"):
             child.send_signal(number)
