@@ -1,6 +1,6 @@
 """MoLF's optimizer: AdamW in which the experts of a layer compete for each step (arXiv 2605.07111).
 
-The weight of a linear layer is a sum of experts, a full matrix W and pairs of LoRA matrices A, B:
+The weight of a linear layer (a module) is a sum of experts, a full matrix W and pairs of LoRA matrices A, B:
 
     W_eff = W + sum_i s_i B_i A_i               s_i = alpha / sqrt(rank_i)
 
@@ -46,8 +46,8 @@ class Expert(NamedTuple):
     v: list
     m_before: list          # Adam's moments before this gradient
     v_before: list
-    weight: torch.Tensor    # (out, in), model's dtype: W_eff of the module. Where the layer is not folded
-                            # (a frozen W, or dropout) it is W alone.
+    weight: torch.Tensor    # (out, in), model's dtype: W_eff of the module. If W is frozen, which is then no
+                            # expert, or with dropout, LoRA is a side branch and this is W alone.
     rates: torch.Tensor     # (5,): the numbers of this step, see LR to T above
     betas: tuple
     eps: float
@@ -112,11 +112,11 @@ def align(e):
     return gain / (square.clamp_min(0).sqrt() + 1e-30)
 
 def always_full(e):
-    """Control: the full expert moves at every step."""
+    """Control: with topk the full expert moves at every step."""
     return torch.full_like(e.lr, e.kind == "full")
 
 def always_lora(e):
-    """Control: LoRA moves at every step. The embedding and the norms train too, unlike in plain LoRA."""
+    """Control: with topk LoRA moves at every step. Unlike plain LoRA it also trains embedding and norms."""
     return torch.full_like(e.lr, e.kind == "lora")
 
 def coin(e):
@@ -184,7 +184,7 @@ def observe(e, clip):
     return clipped, [m for m, _ in moments], [v for _, v in moments]
 
 def write_moments(e, m, v, ok):
-    """Over the old ones, where ok (a 0-d bool)."""
+    """Write the new moments over the old ones, where ok (a 0-d bool)."""
     for old, new in zip(e.m + e.v, m + v):
         old.copy_(torch.where(ok, new, old))
 
@@ -218,9 +218,9 @@ class MoLFAdamW(torch.optim.Optimizer):
     gradients sits the step out. A single expert always has score 0 and gate 1.
 
     step(clip=..., ok=...) takes 0-d tensors on the device and never waits for it. clip is a factor of all
-    gradients. Where ok is False, no parameter and no moment changes, but steps and t are counted. Without
-    ok, step() checks that scores are finite and gates from 0 to 1. With it the caller should: a module with
-    a NaN score does not move."""
+    gradients (train.py: from the norm of all experts' gradients together). Where ok is False, no parameter
+    and no moment changes, but steps and t are counted. Without ok, step() checks that scores are finite and
+    gates from 0 to 1. With ok the caller should check, because a NaN score only stops its module."""
 
     def __init__(self, groups, lr=5e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
                  score=epd, route=topk, top_k=1):
