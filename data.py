@@ -344,19 +344,21 @@ def exact_match(a, b):
     return first == second
 
 def sql_metrics(rows, scored, texts):
-    """Execution accuracy over the rows whose reference runs, also where it finds or changes something, and by
-    sql_complexity. A row may have an `sql_database`, a script that fills more than the context shows: there
-    the two are tried as well."""
+    """Execution accuracy over the rows whose reference runs, and by sql_complexity. `shaken`: on generated
+    databases beside the row's own, see lib/sandbox.py. `not empty`: where the reference finds a value other
+    than NULL or 0, or changes something. A row may have an `sql_database`, a script that fills more than the
+    context shows: there the two are tried as well."""
     tries = [(i, "", row["sql_context"]) for i, row in enumerate(rows)]
     tries += [(i, " on the database", row["sql_database"]) for i, row in enumerate(rows)
               if row.get("sql_database")]
     found = execute_in_parallel([(context, rows[i]["sql"], texts[i]) for i, _, context in tries])
-    verdicts = [Verdict({"exact match": float(exact_match(row["sql"], unfence(text)))}, {}, {}, "")
-                for row, text in zip(rows, texts)]
+    verdicts = [Verdict({}, {}, {}, "") for _ in rows]
     for (i, where, _), ran in zip(tries, found):
         v = verdicts[i]
         right = float(ran["match"])
         if ran["ref_ok"]:
+            if not where:
+                v.metrics["execution, shaken"] = float(ran["shaken"])
             v.metrics.update({f"execution{where}": right, f"valid SQL{where}": float(ran["valid"])})
             if not ran["ref_empty"]:
                 v.metrics[f"execution{where}, not empty"] = right
@@ -364,7 +366,11 @@ def sql_metrics(rows, scored, texts):
                 v.kinds[f"execution: {rows[i]['sql_complexity']}"] = right
         v.counts.update({f"reference fails{where}": not ran["ref_ok"],
                          f"both empty{where}": ran["both_empty"], f"child killed{where}": ran["killed"]})
-        verdicts[i] = v._replace(error=v.error or ran["error"] or "")
+        if ran["error"]:
+            error = f"on the database: {ran['error']}" if where else ran["error"]
+            verdicts[i] = v._replace(error=f"{v.error}; {error}" if v.error else error)
+    for row, text, v in zip(rows, texts, verdicts):
+        v.metrics["exact match"] = float(exact_match(row["sql"], unfence(text)))
     return verdicts
 
 class Task(NamedTuple):
@@ -406,5 +412,5 @@ TASKS = {
         fields={"sql_prompt": "string", "sql_context": "string", "sql": "string or null",
                 "sql_database": "string, null or absent", "sql_complexity": "string, null or absent"},
         usable=sql_usable, pair=sql_pair, queries=lambda row: [], choices=(), new_tokens=256,
-        metrics=sql_metrics, report=("execution", "valid SQL", "exact match")),
+        metrics=sql_metrics, report=("execution, shaken", "execution", "valid SQL", "exact match")),
 }

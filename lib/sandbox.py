@@ -8,34 +8,38 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import resource
 import signal
 import sqlite3
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import suppress
+from functools import partial
 from typing import NamedTuple
 
 PROGRAM = os.path.abspath(__file__)
 LIMITS = {"seconds": 10, "steps": 20_000_000}   # of a query, steps of SQLite's virtual machine
 CHILDREN = min(8, os.cpu_count())               # at a time; no more than 8, because each may take 1 GiB
-ORDER = {type(None): 0, int: 1, float: 1, str: 2, bytes: 3}     # in which SQLite sorts the types of cells
+FAILURES = sqlite3.Error, sqlite3.Warning, MemoryError, ValueError, OverflowError
 
-class Result(NamedTuple):
-    columns: list       # of a table their names; of a query, whose names do not count, a None each
-    rows: list
-    ordered: bool       # does the order of the rows count?
+# ------------------------------------------------------------------------------------------------------------
+# the text of a query
 
 def unfence(text):
     """A code fence around the whole text goes. Nothing else is cut: SQLite judges what the model wrote."""
     return re.sub(r"\A\s*```(?:sqlite|sql)?\s((?:(?!```).)*)```\s*\Z", r"\1", text, flags=re.S | re.I)
 
+TOKEN = re.compile(
+    r"""[xX]?'(?:[^']+|'')*(?:'|\Z)|"(?:[^"]+|"")*(?:"|\Z)|`[^`]*(?:`|\Z)|\[[^]]*(?:]|\Z)"""   # quoted
+    r"|--[^\n]*|/\*.*?(?:\*/|\Z)|\d+\.\d+|\w+|[<>=!]=|<>|<<|>>|\|\||\S", re.S)
+
 def sql_tokens(sql):
-    """Tokens without comments, lower case unless quoted. An open quote takes the rest; 'it''s' is two."""
-    quoted = r"""'[^']*(?:'|\Z)|"[^"]*(?:"|\Z)|`[^`]*(?:`|\Z)|\[[^]]*(?:]|\Z)"""
-    found = (m[0] for m in re.finditer(quoted + r"|--[^\n]*|/\*.*?(?:\*/|\Z)|\w+|\S", sql, re.S))
+    """Tokens without comments, lower case unless quoted. An open quote takes the rest."""
+    found = (m[0] for m in TOKEN.finditer(sql))
     return (t if t[0] in "'\"`[" else t.lower() for t in found if not t.startswith(("--", "/*")))
 
 def sql_statements(sql):
@@ -50,49 +54,70 @@ def sql_statements(sql):
 def is_ordered(statement):
     """Does it sort its own rows? ORDER BY in parentheses is a subquery's, a window's or an aggregate's.
     Ties then count in the order that SQLite gives them, as in Spider's own evaluation."""
+    if "order" not in statement.lower():
+        return False
     found = list(sql_tokens(statement))
     depth = itertools.accumulate((t == "(") - (t == ")") for t in found)
     return any(d == 0 and pair == ["order", "by"] for d, *pair in zip(depth, found, found[1:]))
 
-def same_cell(a, b):
-    """1 is 1.0 but not '1', and NULL is only NULL. Floats count to 9 digits: a sum depends on its order."""
-    numbers = isinstance(a, (int, float)) and isinstance(b, (int, float)) and float in (type(a), type(b))
-    return a == b or numbers and math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-9)
+# ------------------------------------------------------------------------------------------------------------
+# what counts as the same
 
-def row_key(row):
-    """(rough, exact): to sort rows by numbers of 6 digits first, so that rows whose cells are the same but
-    for the noise of a sum come in one order."""
-    rough = [float(f"{round(c, 9):.6g}") if isinstance(c, (int, float)) else c for c in row]
-    return tuple([(ORDER[type(c)], 0 if c is None else c) for c in cells] for cells in (rough, row))
+class Result(NamedTuple):
+    columns: list       # of a table their names; of a query, whose names do not count, a None each
+    rows: list
+    ordered: bool       # does the order of the rows count?
+
+def one_of_close(a, b):
+    """Two lists of rows, with each number replaced by the least of those in its column that agree with it.
+    1 is 1.0, and a float counts to 12 digits, or to 1e-12 beside 0: a sum depends on its order."""
+    columns = []
+    for column in zip(*a, *b):
+        numbers = sorted({c for c in column if isinstance(c, (int, float))})
+        if any(isinstance(c, float) for c in numbers):
+            name = {x: x for x in numbers}
+            for x, y in zip(numbers, numbers[1:]):
+                if float in (type(x), type(y)) and math.isclose(x, y, rel_tol=1e-12, abs_tol=1e-12):
+                    name[y] = name[x]
+            column = [name.get(c, c) if isinstance(c, (int, float)) else c for c in column]
+        columns.append(column)
+    rows = list(zip(*columns))
+    return rows[:len(a)], rows[len(a):]
 
 def same_rows(a, b, ordered):
-    """Two lists of rows, as sequences or as multisets."""
-    if len(a) == len(b) and a != b and not ordered:
-        a, b = sorted(a, key=row_key), sorted(b, key=row_key)
-    return len(a) == len(b) and all(len(x) == len(y) and all(map(same_cell, x, y)) for x, y in zip(a, b))
+    """Two lists of rows, as sequences or as multisets. 1 is not '1', and NULL is only NULL."""
+    if len(a) != len(b) or a and len(a[0]) != len(b[0]):
+        return False
+    if a == b or not a:
+        return True
+    a, b = one_of_close(a, b)
+    return a == b if ordered else Counter(a) == Counter(b)
 
-def same_outcome(reference, other):
-    """Two {key: Result}: keys, columns and rows agree. The reference says whether the order counts."""
-    return reference.keys() == other.keys() and all(
-        a.columns == b.columns and same_rows(a.rows, b.rows, a.ordered)
-        for a, b in ((reference[key], other[key]) for key in reference))
+def same_result(reference, other):
+    """Two Results, or None: the reference says whether the order counts. The order of columns does."""
+    if reference is None or other is None:
+        return reference is other
+    same_columns = reference.columns == other.columns
+    return same_columns and same_rows(reference.rows, other.rows, reference.ordered)
 
-def open_database(steps):
-    """An empty database in memory that refuses to reach outside and stops after so many VM steps."""
-    actions = [getattr(sqlite3, f"SQLITE_{name}")               # VACUUM is an ATTACH inside
-               for name in ("ATTACH", "DETACH", "PRAGMA", "CREATE_VTABLE", "DROP_VTABLE")]
-    unsafe = "load_extension", "fts3_tokenizer", "readfile", "writefile", "edit"
+def same_contents(a, b):
+    """Two {key: Result}."""
+    return a.keys() == b.keys() and all(same_result(a[key], b[key]) for key in a)
 
-    def authorize(action, _, name, *where):
-        refused = action in actions or action == sqlite3.SQLITE_FUNCTION and name.lower() in unsafe
-        return sqlite3.SQLITE_DENY if refused else sqlite3.SQLITE_OK
+# ------------------------------------------------------------------------------------------------------------
+# a database that reaches nothing outside
 
-    count = itertools.count(1)
-    db = sqlite3.connect(":memory:", isolation_level=None)      # None: Python adds no BEGIN of its own
-    db.execute("PRAGMA temp_store = MEMORY")
-    db.set_authorizer(authorize)
-    db.set_progress_handler(lambda: next(count) * 1000 > steps, 1000)
-    return db
+READING = [getattr(sqlite3, f"SQLITE_{name}") for name in ("SELECT", "READ", "FUNCTION", "RECURSIVE")]
+REFUSED = [getattr(sqlite3, f"SQLITE_{name}")                   # VACUUM is an ATTACH inside
+           for name in ("ATTACH", "DETACH", "CREATE_VTABLE", "DROP_VTABLE")]
+UNSAFE = "load_extension", "fts3_tokenizer", "readfile", "writefile", "edit"
+PRAGMAS = set("application_id case_sensitive_like defer_foreign_keys encoding foreign_key_check "
+              "foreign_key_list foreign_keys index_info index_list index_xinfo integrity_check quick_check "
+              "recursive_triggers reverse_unordered_selects synchronous table_info table_list table_xinfo "
+              "user_version".split())
+
+def quote(name):
+    return '"{}"'.format(name.replace('"', '""'))
 
 def fetch_rows(cursor, max_rows=10_000, max_size=2_000_000):
     """All rows, in no more cells + characters + bytes than max_size."""
@@ -104,60 +129,354 @@ def fetch_rows(cursor, max_rows=10_000, max_size=2_000_000):
             raise ValueError("result too large")
     return rows
 
-def execute_all(db, sql):
-    """Run each statement -> {"result": Result} of the last that yields rows, else {}."""
-    result = {}
-    for statement in sql_statements(sql):
-        cursor = db.execute(statement)
-        if cursor.description:
-            columns = [None] * len(cursor.description)
-            result = {"result": Result(columns, fetch_rows(cursor), is_ordered(statement))}
-    return result
+class Database:
+    """A database in memory, made by a script. Its statements reach nothing outside, and stop after so many
+    steps. `changed` has the names of what run() may have changed since: tables, views, and so on."""
 
-def database_contents(db):
-    """{(kind, name): Result}. A view counts by its rows; an index or trigger is one row, its own text."""
+    def __init__(self, script, steps):
+        self.steps = steps
+        self.ticks = 0                          # of 1,000 steps, left to a statement
+        # isolation_level None: Python adds no BEGIN of its own. No cached statement, because the authorizer
+        # hears of a statement only when it is compiled.
+        self.db = sqlite3.connect(":memory:", isolation_level=None, cached_statements=0)
+        self.db.execute("PRAGMA temp_store = MEMORY")
+        self.db.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
+        self.db.set_authorizer(self.authorize)
+        self.db.set_progress_handler(self.tick, 1000)
+        self.changed = set()
+        self.run(script)
+        self.changed = set()
+
+    def authorize(self, action, name, other, *where):
+        refused = (action in REFUSED or action == sqlite3.SQLITE_PRAGMA and name.lower() not in PRAGMAS
+                   or action == sqlite3.SQLITE_FUNCTION and other.lower() in UNSAFE)
+        if refused:
+            return sqlite3.SQLITE_DENY
+        if action not in READING:
+            self.changed = self.changed | {(n or "").lower() for n in (name, other)}
+        return sqlite3.SQLITE_OK
+
+    def tick(self):
+        self.ticks -= 1
+        return self.ticks < 0
+
+    def run(self, sql):
+        """Run each statement -> Result of the last that yields rows, or None."""
+        self.ticks = self.steps // 1000
+        result = None
+        for statement in sql_statements(sql):
+            cursor = self.db.execute(statement)
+            if cursor.description:
+                columns = [None] * len(cursor.description)
+                result = Result(columns, fetch_rows(cursor), is_ordered(statement))
+        return result
+
+    def look(self, statement):
+        """-> all rows of a statement of ours, which changes nothing that counts."""
+        before = self.changed
+        self.ticks = self.steps // 1000
+        rows = fetch_rows(self.db.execute(statement))
+        self.changed = before
+        return rows
+
+    def contents(self, names):
+        """{(schema, kind, name): Result}. Of tables and views (which count by their rows) only those of
+        `names` are read. An index or trigger is one row, its own text; SQLite's own do not count."""
+        found = {}
+        for schema in ("main", "temp") if names else ():
+            for kind, name, sql in self.look(f"SELECT type, name, sql FROM {schema}.sqlite_master"):
+                key = schema, kind, name.lower()
+                if kind in ("index", "trigger"):
+                    found[key] = Result(["sql"], [tuple(sql_tokens(sql or ""))], ordered=True)
+                elif name.lower() in names:
+                    table = f"{schema}.{quote(name)}"
+                    header = self.db.execute(f"SELECT * FROM {table} LIMIT 0").description
+                    rows = self.look(f"SELECT * FROM {table}")
+                    found[key] = Result([c[0].lower() for c in header], rows, ordered=False)
+                else:
+                    found[key] = None
+        return {key: result for key, result in found.items() if not key[2].startswith("sqlite_")}
+
+    def fill(self, tables):
+        """tables: {name: (columns, rows)}. These rows take the place of all others; one that breaks a
+        constraint is left out, and then one that points to it."""
+        for name, (columns, rows) in tables.items():
+            self.ticks = self.steps // 1000
+            self.db.execute(f"DELETE FROM main.{quote(name)}")
+            places = ", ".join("?" * len(columns))
+            self.db.executemany(f"INSERT OR IGNORE INTO main.{quote(name)} "
+                                f"({', '.join(map(quote, columns))}) VALUES ({places})", rows)
+        with suppress(sqlite3.OperationalError):                # a foreign key may point to what is no key
+            for _ in range(10):
+                orphans = self.look("PRAGMA main.foreign_key_check")
+                if not orphans:
+                    break
+                for name, rowid, *_ in orphans:
+                    self.db.execute(f"DELETE FROM main.{quote(name)} WHERE rowid = ?", (rowid,))
+        self.changed = set()
+
+# ------------------------------------------------------------------------------------------------------------
+# generated databases, on which a wrong query shows (Zhong et al. 2020, arXiv 2010.02840)
+
+class Shake(NamedTuple):
+    """How to make a database."""
+    rows: int           # of each table
+    redrawn: float      # the share of cells that are not those of a row of the context
+    nulls: float        # the share of cells that become NULL
+    distinct: bool      # has no column the same value twice?
+
+SHAKES = (Shake(16, redrawn=0.4, nulls=0, distinct=False), Shake(8, redrawn=0.4, nulls=0, distinct=True),
+          Shake(16, redrawn=0.4, nulls=0.1, distinct=False), Shake(12, redrawn=0.3, nulls=0, distinct=False))
+
+class Table(NamedTuple):
+    name: str
+    columns: list       # names
+    numeric: list       # bool each: does it hold numbers, by its rows or its type?
+    needed: list        # bool each: never NULL
+    keys: list          # bool each: no value twice
+    parents: dict       # column -> (foreign key, table, column): its values are those of that column
+    rows: list          # of the context, at most 100
+    values: list        # of each column, without NULLs
+
+def describe(db):
+    """-> {name in lower case: Table} of the database's tables, with their keys."""
+    tables = {}
+    for name, in db.look("SELECT name FROM main.sqlite_master WHERE type = 'table'"):
+        if name.startswith("sqlite_"):
+            continue
+        info = db.look(f"PRAGMA main.table_info({quote(name)})")
+        columns = [column for _, column, *_ in info]
+        rows = db.look(f"SELECT {', '.join(map(quote, columns))} FROM main.{quote(name)} LIMIT 100")
+        values = [[row[i] for row in rows if row[i] is not None] for i in range(len(columns))]
+        numeric = [isinstance(v[0], (int, float)) if v else not re.search("CHAR|TEXT|CLOB|DATE", kind.upper())
+                   for v, (_, _, kind, *_) in zip(values, info)]
+        primary = [pk for *_, pk in info]
+        keys = [pk == 1 and max(primary) == 1 for pk in primary]
+        for _, index, unique, *_ in db.look(f"PRAGMA main.index_list({quote(name)})"):
+            places = [i for _, i, _ in db.look(f"PRAGMA main.index_info({quote(index)})")]
+            if unique and len(places) == 1 and places[0] >= 0:  # below 0: an expression
+                keys[places[0]] = True
+        needed = [bool(not_null or pk) for _, _, _, not_null, _, pk in info]
+        tables[name.lower()] = Table(name, columns, numeric, needed, keys, {}, rows, values)
+    for t in tables.values():
+        for number, _, parent, column, to, *_ in db.look(f"PRAGMA main.foreign_key_list({quote(t.name)})"):
+            other = tables.get(parent.lower())
+            if other:
+                to = to or other.columns[(other.keys + [True]).index(True) % len(other.keys)]
+                t.parents[column.lower()] = number, parent.lower(), to.lower()
+    add_keys_unsaid(tables)
+    return tables
+
+def add_keys_unsaid(tables):
+    """Many a schema declares no keys. The first column of table `singer` is taken for one if it is called id,
+    singer_id or the like, and no two rows share a value. A column of its name elsewhere then points to it."""
+    owners = {}
+    for name, t in tables.items():
+        first = t.columns[0].lower()
+        if not any(t.needed) and first.endswith("id") and len(set(t.values[0])) == len(t.rows):
+            t.keys[0] = t.needed[0] = name.startswith(first.removesuffix("id").rstrip("_"))
+            if t.keys[0] and first != "id":
+                owners[first] = name
+    for name, t in tables.items():
+        for i, column in enumerate(map(str.lower, t.columns)):
+            if owners.get(column, name) != name and column not in t.parents:
+                t.parents[column] = column, owners[column], column
+                t.needed[i] = True
+
+def parents_first(tables):
+    """-> the names, those of parents before those of their children, as far as there is no circle."""
+    order, left = [], list(tables)
+    while left:
+        parents = {name: {parent for _, parent, _ in tables[name].parents.values()} - {name} for name in left}
+        order.append(next((name for name in left if parents[name].isdisjoint(left)), left[0]))
+        left.remove(order[-1])
+    return order
+
+def neighbours(literal):
+    """A literal's token -> values beside which a comparison with it turns, those that are meant twice."""
+    if literal[0] not in "'\"":
+        number = float(literal) if "." in literal else int(literal)
+        return [number, number, number + 1, number - 1]
+    text = literal[1:-1].replace(2 * literal[0], literal[0])
+    meant = text.replace("%", "").replace("_", "x")
+    if meant.isdecimal():
+        return [meant, meant, str(int(meant) + 1), str(int(meant) - 1)]
+    return [meant, meant, meant + "x", "x" + meant, meant.swapcase(), meant[:-1]]
+
+def literals(sql, columns):
+    """-> {column: [values]}: what a query compares with each, by the last column named before it."""
     found = {}
-    objects = " UNION ALL ".join(f"SELECT type, name, sql FROM sqlite_{t}master" for t in ("", "temp_"))
-    for kind, name, sql in db.execute(objects).fetchall():
-        key = kind, name.lower()
-        if kind in ("index", "trigger"):
-            found[key] = Result(["sql"], [list(sql_tokens(sql or ""))], ordered=True)
-        elif not name.startswith("sqlite_"):                    # those are SQLite's own
-            cursor = db.execute('SELECT * FROM "{}"'.format(name.replace('"', '""')))
-            columns = [c[0].lower() for c in cursor.description]
-            found[key] = Result(columns, fetch_rows(cursor), ordered=False)
+    column = None
+    for token in sql_tokens(sql):
+        name = token.strip("\"`[]").lower()
+        if name in columns:
+            column = name
+            found.setdefault(column, [])
+        elif token[0] in "'\"" or re.fullmatch(r"\d{1,15}(\.\d+)?", token):
+            found.setdefault(column, []).extend(neighbours(token))
     return found
 
-def attempt_sql(stage, context, sql, steps):
-    """Run sql after its context -> outcome (None: it failed), did it find and change nothing?, error."""
+def draw(rng, own, near, numeric, n, distinct):
+    """-> n values for a column, from those that it has and those that are near a literal."""
+    if not own + near:
+        own = [1, 2, 3] if numeric else ["a", "b", "c"]
+    if not distinct:
+        sources = rng.choices([values for values in (own, near) if values], k=n)
+        return [values[int(rng.random() * len(values))] for values in sources]
+    values = list(dict.fromkeys(own + near))
+    rng.shuffle(values)
+    top = max((v for v in values if isinstance(v, (int, float))), default=0)
+    values += [top + i if numeric else f"{values[0]}{i}" for i in range(1, n + 1 - len(values))]
+    return values[:n]
+
+def shaken_rows(tables, near, shake, rng):
+    """{name: Table}, {column that a query names: [values near its literals]} -> {name: (columns, rows)} for
+    Database.fill. Rows are copies of the context's, with cells drawn anew."""
+    n = shake.rows
+    made = {}                                                   # (table, column) -> n values
+    for name in parents_first(tables):
+        t = tables[name]
+        copied = list(zip(*rng.choices(t.rows, k=n))) if t.rows else []
+        picked = {}                                             # foreign key -> n places in its parent
+        for i, column in enumerate(map(str.lower, t.columns)):
+            named = column in near
+            anew = partial(draw, rng, t.values[i], near.get(column, []), t.numeric[i])
+            key, *parent = t.parents.get(column, (None,))
+            if tuple(parent) in made:
+                places = picked.setdefault(key, rng.choices(range(n), k=n))
+                cells = [made[tuple(parent)][j] for j in places]
+            elif t.keys[i] or named and shake.distinct or not copied:
+                cells = anew(n, distinct=t.keys[i] or shake.distinct)
+            else:
+                cells = list(copied[i])
+                if named:
+                    places = rng.sample(range(n), round(shake.redrawn * n))
+                    for j, value in zip(places, anew(len(places), distinct=False)):
+                        cells[j] = value
+            if named and not t.needed[i]:
+                for j in rng.sample(range(n), round(shake.nulls * n)):
+                    cells[j] = None
+            made[name, column] = cells
+    return {t.name: (t.columns, list(zip(*(made[name, column.lower()] for column in t.columns))))
+            for name, t in tables.items()}
+
+# ------------------------------------------------------------------------------------------------------------
+# a verdict
+
+class Outcome(NamedTuple):
+    db: Database | None         # as the query left it
+    result: Result | None       # None: no statement yields rows
+    changed: frozenset          # names of what it may have changed
+    error: str | None
+
+def attempt(stage, make, sql, db=None):
+    """Run sql on a database -> Outcome. make() gives a fresh one, which an unchanged `db` spares."""
     running = "context: "
     try:
-        with closing(open_database(steps)) as db:
-            execute_all(db, context)
-            before = database_contents(db)
-            running = stage
-            if all(t == ";" for t in sql_tokens(sql)):
-                raise ValueError("no statement")
-            result = execute_all(db, sql)
-            after = database_contents(db)
-            nothing = not any(r.rows for r in result.values()) and same_outcome(before, after)
-            return after | result, nothing, None
-    except (sqlite3.Error, sqlite3.Warning, MemoryError, ValueError, OverflowError) as e:
+        db = db or make()
+        running = stage
+        if all(t == ";" for t in sql_tokens(sql)):
+            raise ValueError("no statement")
+        result = db.run(sql)
+        db.contents(db.changed)                                 # can it be read?
+        return Outcome(db, result, frozenset(db.changed), None)
+    except FAILURES as e:
         text = "step limit" if str(e) == "interrupted" else str(e) or "out of memory"
-        return None, False, running + text[:200]
+        return Outcome(None, None, frozenset(), running + text[:200])
+
+def unchanged(outcome):
+    """Its database, if that is still as it was made, else None."""
+    return None if outcome.changed else outcome.db
+
+def same_outcome(make, reference, other):
+    """Do two outcomes agree in the last result and in what is in the database?"""
+    names = reference.changed | other.changed
+    try:
+        states = [(make() if not o.changed else o.db).contents(names) for o in (reference, other) if names]
+        return same_result(reference.result, other.result) and (not names or same_contents(*states))
+    except FAILURES:
+        return False
+
+def nothing_happened(make, outcome):
+    """Is no cell of the result other than NULL or 0, and nothing changed?"""
+    found = outcome.result and any(cell not in (None, 0) for row in outcome.result.rows for cell in row)
+    idle = Outcome(None, outcome.result, frozenset(), None)
+    return outcome.error is None and not found and same_outcome(make, outcome, idle)
+
+def shakes_of(db, reference, prediction):
+    """-> rows for Database.fill, one time for each of SHAKES; [] if they cannot be made."""
+    try:
+        tables = describe(db)
+    except FAILURES:
+        return []
+    columns = {column.lower() for t in tables.values() for column in t.columns}
+    near = {}
+    for sql in (reference, prediction):
+        for column, values in literals(sql, columns).items():
+            near.setdefault(column, []).extend(values)
+    return (shaken_rows(tables, near, shake, random.Random(i)) for i, shake in enumerate(SHAKES))
+
+def survives_shaking(db, make, reference, prediction):
+    """Does the prediction agree with the reference on each generated database on which the reference runs?
+    Only where its result does not hang on the order in which SQLite happens to read rows.
+    db: the context's database, which make() makes anew. A tenth of the steps must do for these few rows."""
+    db.steps //= 10
+    by_chance = not {"order", "limit", "group"}.isdisjoint(sql_tokens(reference))
+    for rows in shakes_of(db, reference, prediction):
+        def make_shaken():
+            fresh = make()
+            fresh.steps //= 10
+            fresh.fill(rows)
+            return fresh
+        try:
+            if db:
+                db.fill(rows)
+            else:
+                db = make_shaken()
+        except FAILURES:                                        # a trigger may not let the rows in
+            db = None
+            continue
+        wanted = attempt("", make_shaken, reference, db)
+        db = unchanged(wanted)
+        if wanted.error:
+            continue
+        if by_chance and db:
+            db.look("PRAGMA reverse_unordered_selects = ON")
+            again = attempt("", make_shaken, reference, db)
+            db.look("PRAGMA reverse_unordered_selects = OFF")
+            if not same_result(wanted.result, again.result):
+                wanted = wanted._replace(result=wanted.result._replace(ordered=False))
+            if not same_result(wanted.result, again.result):
+                continue
+        found = attempt("", make_shaken, prediction, db)
+        if found.error or not same_outcome(make_shaken, wanted, found):
+            return False
+        db = unchanged(found)
+    return True
 
 def judge_sql(context, reference, prediction, steps=LIMITS["steps"]):
-    """Yield the verdict twice: the reference's part, lest the prediction kill us, and then the whole."""
-    ref, ref_empty, error = attempt_sql("reference: ", context, reference, steps)
-    verdict = {"ref_ok": error is None, "ref_empty": ref_empty, "error": error}
+    """Yield the verdict three times: the reference's part, lest the prediction kill us, then the whole on the
+    context's own rows, and then with the generated databases."""
+    make = lambda: Database(context, steps)
+    ref = attempt("reference: ", make, reference)
+    ref_empty = nothing_happened(make, ref)
+    verdict = {"ref_ok": ref.error is None, "ref_empty": ref_empty, "error": ref.error}
     yield verdict
-    pred, empty, pred_error = attempt_sql("", context, unfence(prediction), steps)
-    match = error is None and pred_error is None and same_outcome(ref, pred)
-    yield {**verdict, "valid": pred_error is None, "match": match, "both_empty": ref_empty and empty,
-           "error": error or pred_error}
+    prediction = unfence(prediction)
+    pred = attempt("", make, prediction, unchanged(ref))
+    match = ref.error is None and pred.error is None and same_outcome(make, ref, pred)
+    verdict |= {"valid": pred.error is None, "match": match, "error": ref.error or pred.error,
+                "both_empty": ref_empty and nothing_happened(make, pred)}
+    yield verdict
+    shaken = match and survives_shaking(unchanged(pred) or make(), make, reference, prediction)
+    yield verdict | {"shaken": shaken}
+
+# ------------------------------------------------------------------------------------------------------------
+# the child, and its parent
 
 def serve_sql(seconds, steps):
-    """The child's loop: a row a line in, two verdicts out. SIGALRM ends it, wherever in SQLite it hangs."""
+    """The child's loop: a row a line in, three verdicts out. SIGALRM ends it, wherever in SQLite it hangs."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])    # a parent may have blocked it
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)                # Ctrl-C is for the parent, whose end ends us
     sqlite3.connect(":memory:").execute(f"PRAGMA hard_heap_limit = {2**26}")    # for the whole process
@@ -181,23 +500,27 @@ def start_sql_child():
         raise RuntimeError("the SQL child process did not start; its own message is above")
     return child
 
-def execute_pairs(rows):
+def execute_pairs(rows, children=None):
     """[(context, reference, prediction)] -> a verdict each: ref_ok, valid (it ran), match (the last results
-    and the databases agree), ref_empty, both_empty (no rows and nothing changed), killed (the child, by this
-    row), error (None or a text)."""
+    and the databases agree), shaken (also on the generated databases), ref_empty (no value but NULL or 0, and
+    nothing changed), both_empty, killed (the child, by this row), error (None or a text).
+    children: a list that the child processes are put into."""
+    keys = "ref_ok", "valid", "match", "shaken", "ref_empty", "both_empty", "killed"
+    children = [] if children is None else children
     verdicts, child = [], start_sql_child()
     for row in rows:
-        verdict = dict.fromkeys(("ref_ok", "valid", "match", "ref_empty", "both_empty", "killed"), False)
+        children[:] = [child]
+        verdict = dict.fromkeys(keys, False)
         with suppress(BrokenPipeError):
             print(json.dumps(row), file=child.stdin, flush=True)
-        part, whole = child.stdout.readline(), child.stdout.readline()      # "" from a dead child
-        verdict |= json.loads(whole or part or "{}")
-        if not whole:
+        parts = [child.stdout.readline() for _ in range(3)]                 # "" from a dead child
+        verdict |= json.loads(next(filter(None, reversed(parts)), "{}"))
+        if not parts[2]:
             child.communicate()                                             # reap it and close its pipes
             code = child.returncode                                         # minus the signal's number
             death = "timeout" if code == -signal.SIGALRM else f"worker killed ({code})"
             verdict["killed"] = True
-            verdict["error"] = verdict.get("error") or ("" if part else "reference: ") + death
+            verdict["error"] = verdict.get("error") or ("" if parts[0] else "reference: ") + death
             child = start_sql_child()
         verdicts.append(verdict)
     child.communicate()
@@ -206,9 +529,18 @@ def execute_pairs(rows):
 def execute_in_parallel(rows, n=CHILDREN):
     """execute_pairs in n children at a time, each with every n-th row."""
     verdicts = [None] * len(rows)
+    parts = [rows[i::n] for i in range(n) if rows[i::n]]
+    children = [[] for _ in parts]
     with ThreadPoolExecutor(n) as pool:
-        for i, part in enumerate(pool.map(execute_pairs, [rows[i::n] for i in range(n) if rows[i::n]])):
-            verdicts[i::n] = part
+        try:
+            for i, part in enumerate(pool.map(execute_pairs, parts, children)):
+                verdicts[i::n] = part
+        except BaseException:               # Ctrl-C: the threads find no more rows, and no child to wait for
+            for part in parts:
+                part.clear()
+            for child in itertools.chain(*children):
+                child.kill()
+            raise
     return verdicts
 
 if __name__ == "__main__":

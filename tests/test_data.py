@@ -296,7 +296,14 @@ def test_evaluation_asks_with_the_tokens_that_training_saw(small, task, row):
 
 def test_exact_match():
     assert exact_match("SELECT  Count(*) FROM T ;", "select count( * )\nfrom t -- all")
+    assert exact_match("SELECT a FROM t WHERE a>=1.5", "select a from t where a >= 1.5")
+    for other in ("SELECT a FROM t WHERE a > = 1.5", "SELECT a FROM t WHERE a >= 1 . 5", "SELECT 1 5",
+                  "SELECT a FROM t WHERE a>1.5"):
+        assert not exact_match("SELECT a FROM t WHERE a >= 1.5", other)
     assert not exact_match("SELECT 'A'", "SELECT 'a'") and not exact_match("SELECT a", "SELECT a, b")
+    assert not exact_match("SELECT 'it''s'", "SELECT 'it' 's'")
+    assert not exact_match("SELECT x'61'", "SELECT x '61'")
+    assert not exact_match("SELECT a||b", "SELECT a | | b") and not exact_match("a <> b", "a < > b")
 
 
 CONTEXT = """CREATE TABLE t (id INT, name TEXT, x REAL);
@@ -320,7 +327,8 @@ def test_sql_metrics_by_hand():
     got = [record(v) for v in verdicts]
     values = {name: [m[name] for m in got if name in m] for m in got for name in m}
     assert values == {
-        "execution": [1, 0, 0, 1, 0], "execution, not empty": [1, 0, 0], "valid SQL": [1, 1, 0, 1, 1],
+        "execution, shaken": [1, 0, 0, 1, 0], "execution": [1, 0, 0, 1, 0],
+        "execution, not empty": [1, 0, 0], "valid SQL": [1, 1, 0, 1, 1],
         "exact match": [1, 0, 0, 0, 0, 1],
         "execution: basic SQL": [1, 0], "execution: aggregation": [0, 1, 0],
         "execution on the database": [0, 0], "execution on the database, not empty": [0, 0],
@@ -328,16 +336,17 @@ def test_sql_metrics_by_hand():
         "# both empty on the database": [False, False], "# child killed on the database": [False, False],
         "# reference fails": [False] * 5 + [True], "# both empty": [False] * 3 + [True, False, False],
         "# child killed": [False] * 6,
-        "error": ["", "", "incomplete input", "", "", "reference: no such function: NOW"]}
+        "error": ["", "", "incomplete input; on the database: incomplete input", "", "",
+                  "reference: no such function: NOW"]}
     assert execute_pairs([]) == [] and list(sql_metrics([], None, [])) == []
 
 
 def test_a_killed_child_is_counted(monkeypatch):
-    verdict = dict(ref_ok=True, valid=False, match=False, ref_empty=False, both_empty=False)
+    verdict = dict(ref_ok=True, valid=False, match=False, shaken=False, ref_empty=False, both_empty=False)
     for error, killed in (("worker killed (-9)", True), ("timeout", True), ("reference: timeout", True),
                           ("no such column: killed", False), (None, False)):
         found = verdict | {"error": error, "killed": killed}
-        monkeypatch.setattr(sandbox, "execute_pairs", lambda rows: [found])
+        monkeypatch.setattr(sandbox, "execute_pairs", lambda rows, children: [found])
         (got,) = sql_metrics([{"sql": "SELECT 1", "sql_context": ""}], None, ["SELECT 2"])
         assert got.counts["child killed"] is killed and got.metrics["valid SQL"] == 0
         assert got.error == (error or "")
@@ -352,8 +361,24 @@ def test_the_larger_database_tells_apart_what_a_small_one_does_not():
     first, second, third = map(record, sql_metrics(rows, None, texts))
     assert first["execution"] == 1 and first["execution on the database"] == 0
     assert second["# reference fails on the database"] and "execution on the database" not in second
-    assert second["# both empty"] and second["error"] == "reference: no such column: b"
+    assert second["# both empty"] and second["error"] == "on the database: reference: no such column: b"
     assert third["execution"] == 1 and not any("database" in name or ":" in name for name in third)
+
+
+def test_a_query_that_a_few_rows_cannot_tell_is_told_by_generated_ones():
+    context = "CREATE TABLE u (a INT); INSERT INTO u VALUES (9);"
+    row = dict(sql="SELECT a FROM u WHERE a > 4", sql_context=context)
+    texts = ["SELECT a FROM u WHERE 4 < a", "SELECT a FROM u"]
+    right, wrong = map(record, sql_metrics([row, row], None, texts))
+    assert right["execution"] == wrong["execution"] == 1
+    assert (right["execution, shaken"], wrong["execution, shaken"]) == (1, 0)
+    assert next(iter(right)) == "execution, shaken"
+
+
+def test_the_error_of_each_database_is_kept():
+    row = dict(sql="SELECT a FROM u", sql_context="CREATE TABLE u (a)", sql_database="CREATE TABLE v (a)")
+    (verdict,) = sql_metrics([row], None, ["SELECT b FROM u"])
+    assert verdict.error == "no such column: b; on the database: reference: no such table: u"
 
 
 # -------------------------------------------------------------------------------------------------- fact task

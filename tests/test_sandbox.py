@@ -2,6 +2,7 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -32,12 +33,19 @@ SAME = [
     ("SELECT id FROM (SELECT id FROM t ORDER BY id DESC)", "SELECT id FROM t ORDER BY id"),
     ("SELECT rank() OVER (ORDER BY id) FROM t WHERE id < 3", "SELECT id FROM t WHERE id < 3 ORDER BY -id"),
     ("SELECT x FROM t", "SELECT x FROM t ORDER BY x DESC"),                 # NULLs among the rows
-    ("SELECT NULL", "SELECT x FROM t WHERE id = 3 LIMIT 1"),
     ("SELECT 1", "SELECT 1.0"),
     ("SELECT 1 UNION ALL SELECT 1234567891", "SELECT 1234567891.0 UNION ALL SELECT 1.0"),
     ("SELECT sum(id) FROM t", "SELECT total(id) FROM t"),
     ("SELECT 0.3", "SELECT 0.1 + 0.2"),
-    ("SELECT 0", "SELECT 1e-17"),
+    ("SELECT 1, 0", "SELECT 1, 1e-17"),
+    ("SELECT 1, 'b' UNION ALL SELECT 0.1 + 0.2, 'a'", "SELECT 0.3, 'a' UNION ALL SELECT 1.0, 'b'"),
+    ("SELECT 0.4999999 + 1e-16, 'b' UNION ALL SELECT 0.4999999, 'a'",
+     "SELECT 0.4999999, 'b' UNION ALL SELECT 0.4999999 + 1e-16, 'a'"),
+    ("SELECT 0.00000050000000000001, 'b' UNION ALL SELECT 0.0000005, 'a'",      # 6 digits would part them
+     "SELECT 0.0000005, 'b' UNION ALL SELECT 0.00000050000000000001, 'a'"),
+    ("SELECT CAST(x'ff' AS TEXT)", "SELECT CAST(x'ff' AS TEXT)"),               # text that is no UTF-8
+    ("CREATE TABLE u (a INTEGER PRIMARY KEY, b TEXT UNIQUE)", "CREATE TABLE u (a INT PRIMARY KEY, b)"),
+    ("SELECT id FROM t", "PRAGMA foreign_keys=OFF; SELECT id FROM t"),
     ("SELECT 12345678901", "SELECT 12345678901.000002"),
     ("SELECT 1234567891.0 UNION ALL SELECT 5e-18", "SELECT 0.0 UNION ALL SELECT 1234567891.0000002"),
     ("SELECT 1000000001 UNION ALL SELECT 1000000002", "SELECT 1000000002 UNION ALL SELECT 1000000001"),
@@ -85,6 +93,14 @@ DIFFERENT = [
     ("SELECT 'a'", "SELECT 'A'"),
     ("SELECT 'a'", "SELECT 'a '"),
     ("SELECT 0.3", "SELECT 0.3001"),
+    ("SELECT 1e-10", "SELECT 9e-10"),
+    ("SELECT julianday('2024-05-01 10:00:00')", "SELECT julianday('2024-05-01 10:00:01')"),
+    ("SELECT 1714557600.0", "SELECT 1714557601.0"),
+    ("SELECT CAST(x'ff' AS TEXT)", "SELECT CAST(x'fe' AS TEXT)"),
+    ("DROP TABLE none", "CREATE TEMP TABLE keep AS SELECT * FROM none; DROP TABLE none;"
+                        "CREATE TEMP TABLE none AS SELECT * FROM keep; DROP TABLE keep"),
+    ("SELECT id FROM t", "DROP TABLE none; CREATE TEMP TABLE none (a INT); SELECT id FROM t"),
+    ("INSERT INTO none VALUES (1)", "SELECT 1"),
     ("SELECT 1234567.8", "SELECT 1234567.9"),
     ("SELECT 1, 'b' UNION ALL SELECT 2, 'a'", "SELECT 1, 'a' UNION ALL SELECT 2, 'b'"),
     ("SELECT 1000000001", "SELECT 1000000002"),
@@ -125,7 +141,6 @@ INVALID = [
     "SELECT id FROM t;SELEC",
     "SELECT id FROM t\0", "SELECT '\0'", "SELECT '\ud800'", "\udcff",
     "SELECT ?", "SELECT :name",
-    "SELECT CAST(x'ff' AS TEXT)",                                           # text that is no UTF-8
     "CREATE VIEW v AS SELECT * FROM gone",
 ]
 
@@ -152,6 +167,9 @@ def test_invalid_predictions_are_verdicts():
 
 @pytest.mark.parametrize("reference, prediction", [
     ("SELECT id FROM t WHERE id > 9", "SELECT a FROM none"),
+    ("SELECT NULL", "SELECT x FROM t WHERE id = 3 LIMIT 1"),
+    ("SELECT 0", "SELECT 0.0"),
+    ("SELECT count(*), max(a) FROM none", "SELECT 0, NULL"),
     ("DELETE FROM t WHERE id > 9", "UPDATE t SET id = id")])
 def test_both_empty(reference, prediction):
     verdict = judge(reference, prediction)
@@ -209,6 +227,157 @@ def test_children_side_by_side_keep_the_order():
     verdicts = sandbox.execute_in_parallel(rows, 3)
     assert [v["match"] for v in verdicts] == [i % 3 > 0 for i in range(20)]
     assert verdicts == execute_pairs(rows)
+
+
+def test_an_error_of_one_side_leaves_the_other_alone():
+    """A view whose table is gone stops only what reads it; so does a table that is too large to compare."""
+    context = (CONTEXT + "CREATE VIEW broken AS SELECT * FROM gone; CREATE TABLE big (n INT);"
+               "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 20000)"
+               "INSERT INTO big SELECT i FROM n;")
+    assert judge("SELECT count(*) FROM big", "SELECT count(n) FROM big", context)["match"]
+    assert judge("DELETE FROM t WHERE id = 1", "DELETE FROM t WHERE id < 2", context)["match"]
+    assert judge("SELECT 1", "SELECT * FROM broken", context)["error"] == "no such table: main.gone"
+    large = judge("UPDATE big SET n = 0", "UPDATE big SET n = 0", context)
+    assert large["error"] == "reference: result too large"
+
+
+def test_a_dump_of_sqlite3_is_a_context(tmp_path):
+    db = sqlite3.connect(tmp_path / "db")
+    db.executescript(CONTEXT + "CREATE TABLE c (a INT REFERENCES t (id));")
+    db.execute("INSERT INTO none VALUES (CAST(x'e9' AS TEXT))")
+    db.text_factory = lambda text: text.decode("latin-1")
+    dump = "PRAGMA foreign_keys=OFF;\n" + "\n".join(db.iterdump()).replace("'\xe9'", "CAST(x'e9' AS TEXT)")
+    assert "BEGIN TRANSACTION" in dump and "x'e9'" in dump
+    verdict = judge("SELECT id, a FROM t, none", "SELECT t.id, none.a FROM none JOIN t", dump)
+    assert verdict["match"] and verdict["ref_ok"] and verdict["error"] is None
+
+
+def test_what_a_statement_changes_is_noticed():
+    insert = "INSERT INTO t VALUES (9, 'z', 0)"                # the very text that the context has run
+    assert not judge("SELECT 1", insert + "; SELECT 1", f"{CONTEXT}; {insert}")["match"]
+    family = ("PRAGMA foreign_keys=ON; CREATE TABLE p (id INT PRIMARY KEY);"
+              "CREATE TABLE c (id INT REFERENCES p (id) ON DELETE CASCADE);"
+              "INSERT INTO p VALUES (1), (2); INSERT INTO c VALUES (1), (2);")
+    assert judge("DELETE FROM p WHERE id = 1", "DELETE FROM c WHERE id = 1; DELETE FROM p WHERE id = 1",
+                 family)["match"]
+    assert not judge("DELETE FROM p WHERE id = 1", "PRAGMA foreign_keys=OFF; DELETE FROM p WHERE id = 1",
+                     family)["match"]
+    view = ("CREATE VIEW v AS SELECT id FROM t;"
+            "CREATE TRIGGER g INSTEAD OF INSERT ON v BEGIN DELETE FROM t; END;")
+    assert judge("INSERT INTO v VALUES (1)", "DELETE FROM t", CONTEXT + view)["match"]
+    assert not judge("INSERT INTO v VALUES (1)", "SELECT 1", CONTEXT + view)["match"]
+
+
+def test_a_column_may_be_called_like_a_function_that_is_refused():
+    assert judge("SELECT edit FROM e", "SELECT e.edit FROM e",
+                 "CREATE TABLE e (edit INT); INSERT INTO e VALUES (1)")["match"]
+
+
+# ---------------------------------------------------------------------------------------- generated databases
+
+SHOP = """CREATE TABLE customer (customer_id INT, name TEXT, city TEXT, age INT);
+CREATE TABLE purchase (purchase_id INT, customer_id INT, day TEXT, price REAL, paid BOOL);
+INSERT INTO customer VALUES (1, 'Ann', 'Rome', 30), (2, 'Bob', 'Oslo', 41), (3, 'Cy', 'Rome', 50);
+INSERT INTO purchase VALUES (10, 1, '2024-01-05', 5.5, 'T'), (11, 3, '2024-02-01', 7.0, 'F'),
+    (12, 3, '2024-03-09', 2.5, 'T');"""
+DECLARED = (SHOP.replace("customer (customer_id INT", "customer (customer_id INTEGER PRIMARY KEY")
+            .replace("purchase_id INT, customer_id INT", "purchase_id INTEGER PRIMARY KEY,"
+                     "customer_id INT NOT NULL REFERENCES customer"))
+JOIN = "FROM customer AS c JOIN purchase AS p ON c.customer_id = p.customer_id"
+WRONG = [       # the reference, and what its own few rows take for the same
+    ("SELECT name FROM customer WHERE city = 'Rome' AND age > 41",
+     "SELECT name FROM customer WHERE age > 41"),
+    ("SELECT name FROM customer WHERE age > 40", "SELECT name FROM customer WHERE age >= 40"),
+    ("SELECT name FROM customer WHERE age > 40", "SELECT name FROM customer WHERE age > 39"),
+    ("SELECT count(*) FROM customer WHERE age < 40", "SELECT count(*) FROM customer WHERE age < 41"),
+    ("SELECT DISTINCT name FROM customer", "SELECT name FROM customer"),
+    ("SELECT name FROM customer WHERE city = 'Oslo'", "SELECT name FROM customer WHERE city LIKE '%Oslo%'"),
+    ("SELECT name FROM customer WHERE name LIKE 'A%'", "SELECT name FROM customer WHERE name LIKE '%A%'"),
+    ("SELECT name FROM customer WHERE city = 'Paris'", "SELECT name FROM customer WHERE city = 'London'"),
+    ("SELECT max(age) FROM customer", "SELECT age FROM customer WHERE name = 'Cy'"),
+    ("SELECT name FROM customer ORDER BY age", "SELECT name FROM customer ORDER BY name"),
+    ("SELECT name FROM customer ORDER BY age DESC LIMIT 1", "SELECT max(name) FROM customer"),
+    (f"SELECT c.name {JOIN}", f"SELECT c.name {JOIN} AND p.price < 9"),
+    (f"SELECT c.name {JOIN} GROUP BY c.customer_id HAVING count(*) > 1",
+     f"SELECT c.name {JOIN} GROUP BY c.customer_id HAVING count(*) = 2"),
+    ("SELECT city FROM customer WHERE age > 40 INTERSECT SELECT city FROM customer WHERE age < 40",
+     "SELECT city FROM customer WHERE age > 49 INTERSECT SELECT city FROM customer WHERE age < 40"),
+    ("SELECT name FROM customer WHERE customer_id NOT IN (SELECT customer_id FROM purchase)",
+     "SELECT name FROM customer WHERE customer_id NOT IN (SELECT customer_id FROM purchase WHERE price > 5)"),
+    ("SELECT count(*) FROM customer", "SELECT 3"),
+    ("SELECT count(age) FROM customer", "SELECT count(*) FROM customer"),
+    ("DELETE FROM purchase WHERE price > 6", "DELETE FROM purchase WHERE price >= 6"),
+    ("UPDATE customer SET city = 'Paris' WHERE age = 41",
+     "UPDATE customer SET city = 'Paris' WHERE name = 'Bob'"),
+]
+RIGHT = [       # the same on every database that respects the keys
+    ("SELECT name FROM customer WHERE age > 40", "SELECT name FROM customer WHERE NOT age <= 40"),
+    ("SELECT count(*) FROM purchase", f"SELECT count(*) {JOIN}"),
+    ("SELECT count(*) FROM customer", "SELECT count(DISTINCT customer_id) FROM customer"),
+    (f"SELECT c.name, count(*) {JOIN} GROUP BY c.customer_id",
+     f"SELECT c.name, count(*) {JOIN} GROUP BY p.customer_id"),
+    (f"SELECT DISTINCT c.customer_id {JOIN}",
+     "SELECT customer_id FROM customer WHERE customer_id IN (SELECT customer_id FROM purchase)"),
+    ("SELECT name FROM customer WHERE customer_id NOT IN (SELECT customer_id FROM purchase)",
+     "SELECT name FROM customer AS c WHERE NOT EXISTS "
+     "(SELECT 1 FROM purchase WHERE customer_id = c.customer_id)"),
+    ("SELECT name, age FROM customer ORDER BY age",             # ties come in another order
+     "SELECT * FROM (SELECT name, age FROM customer ORDER BY name) ORDER BY age"),
+    ("SELECT name FROM customer ORDER BY age DESC LIMIT 1",
+     "SELECT name FROM customer WHERE age = (SELECT max(age) FROM customer) LIMIT 1"),
+    ("SELECT sum(price) FROM purchase", "SELECT avg(price) * count(price) FROM purchase"),
+    ("DELETE FROM purchase WHERE price > 6", "DELETE FROM purchase WHERE NOT price <= 6"),
+    ("DROP TABLE purchase", "DELETE FROM purchase; DROP TABLE purchase"),
+    ("SELECT random() * 0 + count(*) FROM customer", "SELECT count(*) FROM customer"),
+]
+
+
+@pytest.mark.parametrize("schema", [SHOP, DECLARED], ids=["keys unsaid", "keys declared"])
+def test_generated_databases_tell_wrong_from_right(schema):
+    wrong, right = ([judge(*pair, schema) for pair in pairs] for pairs in (WRONG, RIGHT))
+    assert all(v["match"] for v in wrong + right)               # the row's own database cannot tell
+    assert [pair for pair, v in zip(WRONG, wrong) if v["shaken"]] == []
+    assert [pair for pair, v in zip(RIGHT, right) if not v["shaken"]] == []
+
+
+def test_generated_rows_respect_the_schema():
+    """SQLite's own checks find no key twice, no orphan, no NULL where none may be. The same come again."""
+    schema = """CREATE TABLE a (x INT, y TEXT, PRIMARY KEY (x, y));
+        CREATE TABLE b (id INTEGER PRIMARY KEY, p INT, q TEXT, up INT REFERENCES B,
+            name TEXT NOT NULL UNIQUE, size INT CHECK (size BETWEEN 1 AND 9),
+            twice INT GENERATED ALWAYS AS (2 * size),
+            FOREIGN KEY (p, q) REFERENCES A (X, Y));
+        INSERT INTO a VALUES (1, 'u'), (2, 'v'), (3, 'u');
+        INSERT INTO b (id, p, q, up, name, size) VALUES (1, 2, 'v', 1, 'n', 3), (2, 1, 'u', 1, 'm', 4);"""
+    query = "SELECT x, id, p, q, up, name, size FROM a, b WHERE size > 4 AND name = 'k' AND p = 7 AND up = 2"
+    made = []
+    for _ in range(2):
+        db = sandbox.Database(schema, 1_000_000)
+        made.append(list(sandbox.shakes_of(db, query, query)))
+    assert made[0] == made[1] and len(made[0]) == len(sandbox.SHAKES)
+    counts = []
+    for rows in made[0]:
+        db.fill(rows)
+        assert db.look("PRAGMA foreign_key_check") == [] and db.look("PRAGMA integrity_check") == [("ok",)]
+        counts.append(db.look("SELECT (SELECT count(*) FROM a), (SELECT count(*) FROM b)")[0])
+    assert sum(min(pair) > 3 for pair in counts) >= len(counts) - 1
+
+
+def test_a_schema_that_takes_no_other_rows_is_judged_by_its_own():
+    closed = CONTEXT + "CREATE TRIGGER g BEFORE DELETE ON t BEGIN SELECT RAISE(ABORT, 'closed'); END;"
+    verdict = judge("SELECT id FROM t", "SELECT t.id FROM t", closed)
+    assert verdict["match"] and verdict["shaken"]
+
+
+def test_a_prediction_that_hangs_on_more_rows(monkeypatch):
+    """It was right on its own rows. That it was killed later is said, and it is not right when shaken."""
+    monkeypatch.setitem(sandbox.LIMITS, "seconds", 1)
+    hang = f"SELECT CASE WHEN (SELECT count(*) FROM t) < 5 THEN 4 ELSE ({HANG}) END"
+    endless = hang.replace(HANG, f"{ENDLESS} SELECT count(*) FROM n")
+    first, second, third = execute_pairs([(CONTEXT, "SELECT count(*) FROM t", hang),
+                                          (CONTEXT, "SELECT count(*) FROM t", endless), GOOD])
+    assert first["match"] and first["killed"] and not first["shaken"] and first["error"] == "timeout"
+    assert second["match"] and not second["killed"] and not second["shaken"] and third["shaken"]
 
 
 # ------------------------------------------------------------------------------------------------ hostile SQL
@@ -387,7 +556,8 @@ def test_hostile_context_and_reference(here):
 
 
 def test_no_file_opens_even_without_the_authorizer(here, monkeypatch, tmp_path_factory):
-    source, gate = Path(sandbox.PROGRAM).read_text(), "sqlite3.SQLITE_DENY if refused else"
+    source = Path(sandbox.PROGRAM).read_text()
+    gate = "        if refused:\n            return sqlite3.SQLITE_DENY\n"
     assert source.count(gate) == 1
     open_gate = tmp_path_factory.mktemp("changed") / "sandbox.py"
     open_gate.write_text(source.replace(gate, ""))
@@ -418,8 +588,8 @@ def kill_first_child(monkeypatch, seconds):
 def test_killed_in_the_prediction(monkeypatch):
     children = kill_first_child(monkeypatch, 1)
     first, second, third = execute_pairs([GOOD, (CONTEXT, "SELECT id FROM t WHERE 0", HANG), GOOD])
-    assert second == {"ref_ok": True, "valid": False, "match": False, "ref_empty": True, "both_empty": False,
-                      "killed": True, "error": f"worker killed ({-signal.SIGKILL})"}
+    assert second == {"ref_ok": True, "valid": False, "match": False, "shaken": False, "ref_empty": True,
+                      "both_empty": False, "killed": True, "error": f"worker killed ({-signal.SIGKILL})"}
     assert first["match"] and third["match"] and len(children) == 2
 
 
@@ -450,6 +620,29 @@ def test_timeout(monkeypatch):
     assert first["killed"] and second["killed"] and not third["killed"]
 
 
+def test_the_time_limit_holds_where_a_parent_has_blocked_its_signal(monkeypatch):
+    monkeypatch.setitem(sandbox.LIMITS, "seconds", 1)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+    try:
+        (verdict,) = execute_pairs([(CONTEXT, "SELECT 1", HANG)])
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+    assert verdict["error"] == "timeout"
+
+
+def test_ctrl_c_waits_for_no_query(tmp_path):
+    """Two children have 40 queries of ten seconds each before them."""
+    script = (f"import sys; sys.path.insert(0, {str(Path(sandbox.PROGRAM).parents[1])!r})\n"
+              f"from lib import sandbox\nprint('begun', flush=True)\n"
+              f"sandbox.execute_in_parallel([('', {HANG!r}, 'SELECT 1')] * 80, 2)\n")
+    run = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert run.stdout.readline() == b"begun\n"
+    time.sleep(1)
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=8)                         # less than the first query takes
+    assert run.returncode == -signal.SIGINT and err.strip().endswith(b"KeyboardInterrupt")
+
+
 def test_a_child_that_cannot_start_is_an_error(monkeypatch, tmp_path):
     (tmp_path / "sandbox.py").write_text("raise SystemExit('no')")
     monkeypatch.setattr(sandbox, "PROGRAM", str(tmp_path / "sandbox.py"))
@@ -473,8 +666,9 @@ def test_the_program_needs_the_standard_library_only():
     command = [sys.executable, "-I", "-S", sandbox.PROGRAM, json.dumps(sandbox.LIMITS)]
     row = json.dumps(GOOD) + "\n"
     run = subprocess.run(command, cwd="/", input=row, capture_output=True, text=True, timeout=60)
-    ready, part, whole = run.stdout.splitlines()
-    assert ready == "ready" and json.loads(whole)["match"] and json.loads(part)["ref_ok"] and run.stderr == ""
+    ready, part, own, whole = run.stdout.splitlines()
+    assert ready == "ready" and run.stderr == ""
+    assert json.loads(part)["ref_ok"] and json.loads(own)["match"] and json.loads(whole)["shaken"]
 
 
 def test_the_limits_are_those_of_the_child(monkeypatch):
