@@ -180,9 +180,10 @@ def read_record(path):
 def run_flags(folder):
     """The flags of the run in `folder`; {} if it is none, or damaged. (A model's config.json has no flags.)"""
     try:
-        return read_record(Path(folder, "config.json")).get("flags", {})
+        flags = read_record(Path(folder, "config.json")).get("flags")
     except OSError:
         return {}
+    return flags if isinstance(flags, dict) else {}
 
 def log_until(step, path):
     """The text of a run's log up to a step. A last line that a kill has torn is left out; another one that

@@ -228,9 +228,11 @@ def share_changed(before, after):
 def read_first_result(path):
     """before.json -> the result of lib.evaluate that it holds. OSError if it is damaged."""
     try:
-        return read_record(path)
-    except OSError as e:
-        raise OSError(f"{e}; without that file the model is evaluated again") from e
+        result = read_record(path)
+        flat(result)
+        return result
+    except (OSError, KeyError, TypeError, AttributeError) as e:
+        raise OSError(f"{path} is damaged: without it, the model is evaluated again") from e
 
 def warn_of_guessing(loss, vocab_size):
     if abs(loss / math.log(vocab_size) - 1) < 0.05:
