@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 import os
-import sys
+import signal
 import time
 from functools import partial
 from pathlib import Path
@@ -30,11 +30,13 @@ import molf
 from data import Tokenizer, batch_of, count_targets, count_tokens, micro_batches, read_data, to_device
 from lib.evaluate import batch_loss, evaluate, flat
 from lib.fast import FastStep
-from lib.files import (Checkpoints, clear_run, digest, empty, find_checkpoint, only_one, refuse_other_inputs,
-                       refuse_to_replace, run_flags, run_inputs, save_safely, set_eos)
-from lib.report import (count_parameters, escape_unprintable, log_line, peak_memory, print_bytes,
-                        print_summary, provenance, refuse_other_columns, report, sample, share_changed,
-                        stop_if_not_finite, stop_if_not_routed, warn_of_guessing)
+from lib.files import (Checkpoints, clear_run, digest, empty, find_checkpoint, last_checkpoint, log_until,
+                       only_one, refuse_other_inputs, refuse_to_replace, refuse_unwritable, run_flags,
+                       run_inputs, save_record, save_safely, set_eos)
+from lib.report import (begun, count_parameters, discard_stdout, escape_unprintable, log_line, peak_memory,
+                        print_bytes, print_results, print_summary, provenance, quiet_ends, read_first_result,
+                        read_table, sample, save_results, share_changed, stop, stop_if_not_finite,
+                        stop_if_not_routed, warn_of_guessing)
 from model import Transformer, add_experts, fold, molf_layers, read_config, unfold
 from molf import ROUTES, SCORES, MoLFAdamW, param_groups
 
@@ -111,6 +113,10 @@ def parse(p, argv):
     a = p.parse_args(argv)
     if Path(a.model).resolve() == Path(__file__).resolve().parent / "toy":
         a.model = "toy"
+    for key in ("model", "data", "eval_data"):          # for --resume from another working directory
+        value = getattr(a, key)
+        if value not in (None, "hub", "toy") and Path(value).exists():
+            setattr(a, key, os.path.abspath(value))
     return a
 
 def parse_args(argv=None):
@@ -123,6 +129,9 @@ def parse_args(argv=None):
         a = flags_of_the_evaluated(p, a, argv)
     if a.resume:
         a = flags_of_the_resumed(p, a, argv)
+    for key, known in (("task", data.TASKS), ("score", SCORES), ("route", ROUTES)):
+        if getattr(a, key) not in known:                # a run may have known what is not here any more
+            p.error(f"the run had --{key} {getattr(a, key)}, which is not here any more")
     set_defaults(p, a)
     refuse_nonsense(p, a)
     if not a.out:
@@ -141,6 +150,9 @@ def flags_of_the_evaluated(p, a, argv):
         p.error("--eval-only trains nothing that --dry-run could count")
     if flags and not (folder / "model").is_dir():
         p.error(f"--eval-only {a.eval_only}: a run that did not finish, it has no model/")
+    if not flags and (folder / "model" / "config.json").is_file():
+        p.error(f"--eval-only {a.eval_only}: {folder / 'config.json'} is damaged or missing, so its flags are "
+                f"not known: give {folder / 'model'}, --task and what else it ran with")
     if folder.name == "model":
         flags = flags or run_flags(folder.parent)
     p.set_defaults(**{k: flags[k] for k in EVALUATION_FLAGS if k in flags})
@@ -154,13 +166,10 @@ def flags_of_the_resumed(p, a, argv):
         p.error("--resume wants --out DIR, the run to go on with")
     flags = run_flags(a.out)
     if not flags:
-        p.error(f"--resume: {a.out} has no config.json of a run. If it was stopped before it wrote one, "
-                f"nothing is lost: start it again without --resume")
+        p.error(f"--resume: {a.out} has no config.json of a run, or a damaged one. If it was stopped before "
+                f"it wrote one, nothing is lost: start it again without --resume")
     p.set_defaults(**{k: v for k, v in flags.items() if k not in OF_THIS_CALL})
     a = parse(p, argv)
-    for key, known in (("task", data.TASKS), ("score", SCORES), ("route", ROUTES)):
-        if key in flags and flags[key] not in known:
-            p.error(f"--resume: {a.out} ran with --{key} {flags[key]}, which is not here any more")
     changed = [k for k in flags if k not in MAY_CHANGE and getattr(a, k) != flags[k]]
     if changed:
         names = ", ".join(f"--{k.replace('_', '-')}" for k in changed)
@@ -336,16 +345,21 @@ def joined(parts):
 # the run
 
 def main(argv=None):
-    a = parse_args(argv)
-    escape_unprintable()
-    torch.set_flush_denormal(True)      # second moments reach 1e-40, where a CPU is several times slower
-    if a.device.startswith("cuda"):
-        torch.cuda.set_device(torch.device(a.device).index or 0)    # a CUDA graph captures the current one
-    out = Path(a.out)
+    with quiet_ends():
+        a = parse_args(argv)
+        escape_unprintable()
+        torch.set_flush_denormal(True)      # second moments reach 1e-40, where a CPU is several times slower
+        if a.device.startswith("cuda"):
+            torch.cuda.set_device(torch.device(a.device).index or 0)    # a CUDA graph captures the current one
+        load_and_run(a, Path(a.out))
+
+def load_and_run(a, out):
+    """All that can be refused is refused before the model is loaded. An error ends in one line."""
     try:
-        source = find_checkpoint(a.model)
         refuse_to_replace(out, a)
-        refuse_other_columns(out.parent / "results.csv")
+        refuse_unwritable(out)
+        read_table(out.parent / "results.csv")
+        source = find_checkpoint(a.model)
         config, tokenizer = read_config(source), Tokenizer.from_file(source)
         if tokenizer.vocab_size > config.vocab_size:
             raise ValueError(f"{source}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the "
@@ -357,20 +371,17 @@ def main(argv=None):
         if a.resume:
             refuse_other_inputs(out, inputs)
         model = Transformer.from_pretrained(source, getattr(torch, a.dtype), a.device)
-        out.mkdir(parents=True, exist_ok=True)          # if it can't be written to, know it now
+        out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+        stop(e)
     try:
         with only_one(out):
             refuse_to_replace(out, a)       # again: another process may have finished while this one loaded
             run(model, tokenizer, rows, inputs, a, out)
-    except FloatingPointError as e:
-        model.save_pretrained(out / "last-good")
-        saved = sorted((out / "checkpoints").glob("*"))
-        sys.exit(f"error: {e}. The model is in {out / 'last-good'}; the last checkpoint: "
-                 f"{saved[-1] if saved else 'none'}")
+    except FileExistsError as e:
+        stop(e)
     except OSError as e:
-        sys.exit(f"error: {e}")
+        stop(e, f"; {last_checkpoint(out)}")
 
 def dry_run(config, rows, a):
     with torch.device("meta"):
@@ -395,21 +406,23 @@ def run(model, tokenizer, rows, inputs, a, out):
     task, first_result = data.TASKS[a.task], out / "before.json"
     print(f"{a.model}, task {a.task}: {len(rows.questions)} rows of {a.eval_data} to evaluate on; eos "
           f"{tokenizer.eos_ids}, bos {tokenizer.bos_id}")
-    record = dict(flags=vars(a), inputs=inputs)
+    record = dict(flags=vars(a), inputs=inputs, date=begun(out, a))
     if not a.resume:
         clear_run(out)
-        save_safely(out / "config.json", json.dumps(record) + "\n")             # for --resume
+        save_record(out / "config.json", record)                # for --resume
     if first_result.exists():                                   # --resume
-        before = json.loads(first_result.read_text())
+        before = read_first_result(first_result)
     else:
         before, predictions = evaluate(model, tokenizer, task, rows.questions, a.max_tokens)
     if not a.eval_only:
         record |= prepare(model, rows, a)
-    save_safely(out / "config.json", json.dumps(record | provenance(), indent=2) + "\n")
+    save_record(out / "config.json", record | provenance())
     if a.eval_only:
-        report(out, a, dict(after=before, skipped=rows.skipped), predictions, 0)
+        results = dict(after=before, skipped=rows.skipped)
+        save_results(out, a, record["date"], results, predictions, 0)
+        print_results(results, predictions)
         return
-    save_safely(first_result, json.dumps(before) + "\n")
+    save_record(first_result, before)
     optimizer = MoLFAdamW(param_groups(model, a.lr, a.lora_lr, a.weight_decay, a.lora_weight_decay),
                           score=SCORES[a.score], route=ROUTES[a.route], top_k=a.top_k)
     module_names = optimizer.module_names
@@ -422,9 +435,10 @@ def run(model, tokenizer, rows, inputs, a, out):
     after, predictions = evaluate(model, tokenizer, task, rows.questions, a.max_tokens)
     losses = export(model, tokenizer.eos_ids, rows, a, out)
     results = dict(before=before, after=after, loss=losses, skipped=rows.skipped, train_seconds=seconds)
-    report(out, a, results, predictions, len(rows.examples))
+    save_results(out, a, record["date"], results, predictions, len(rows.examples))
     empty(out / "checkpoints")                                  # finished: results.json says so
     first_result.unlink()
+    print_results(results, predictions)
     print_summary(history["gates"], module_names, losses, a, out)
 
 def train_with_checkpoints(checkpoints, tokenizer, rows, a, out):
@@ -443,16 +457,22 @@ def train_with_checkpoints(checkpoints, tokenizer, rows, a, out):
     with checkpoints:
         start = checkpoints.load() if a.resume else None
         if a.resume:
-            print(f"going on behind step {start[0]}" if start else "no checkpoint: starting anew")
-        lines = (out / "log.jsonl").read_text().splitlines(True) if start else []
-        lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start[0]]
-        save_safely(out / "log.jsonl", "".join(lines))
+            print(f"going on behind step {start[0]}" if start else "no whole checkpoint: starting anew")
+        save_safely(out / "log.jsonl", log_until(start[0], out / "log.jsonl") if start else "")
         with open(out / "log.jsonl", "a") as log_file:
             def log(line, record):
-                print(line, flush=True)
+                try:
+                    print(line, flush=True)
+                except BrokenPipeError:         # `| head` has left: save and leave as well
+                    checkpoints.asked = checkpoints.asked or signal.SIGPIPE
+                    discard_stdout()
                 print(json.dumps(record), file=log_file, flush=True)
-            history = train(model, checkpoints.optimizer, rows.examples, a, log,
-                            held_out if rows.held_out else None, checkpoints, start)
+            try:
+                history = train(model, checkpoints.optimizer, rows.examples, a, log,
+                                held_out if rows.held_out else None, checkpoints, start)
+            except FloatingPointError as e:
+                model.save_pretrained(out / "last-good")
+                stop(e, f". The model is in {out / 'last-good'}; {last_checkpoint(out)}")
         return history, time.perf_counter() - checkpoints.begin
 
 def export(model, eos_ids, rows, a, out):

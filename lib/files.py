@@ -10,6 +10,8 @@ import os
 import re
 import shutil
 import signal
+import sys
+import tempfile
 import time
 import urllib.request
 from collections import defaultdict
@@ -52,29 +54,53 @@ def snapshot(repo, kind, patterns, failure, advice):
         why = str(e).partition("\n")[0]
         raise OSError(f"{failure} ({type(e).__name__}: {why}). {advice}") from e
 
+def readable(directory):
+    """The model's directory, or OSError if a file that is read or copied from it is none. To open a FIFO
+    would wait for ever, and a dangling link would only be noticed when the model is exported."""
+    for name in ("config.json", *COMPANIONS):
+        path = directory / name
+        if path.is_file():
+            path.open("rb").close()                 # PermissionError names it
+        elif os.path.lexists(path):
+            raise OSError(f"{path} is not a file, nor a link to one")
+    return directory
+
 def find_checkpoint(path_or_repo):
     """The model's directory: toy/ for "toy", of a run its model/, else the directory itself. A hub id is
-    downloaded. -> Path. OSError if there is none."""
+    downloaded. -> Path. OSError if there is none, or one with a file that cannot be read."""
     name = str(path_or_repo)
     path = Path(__file__).parents[1] / "toy" if name == "toy" else Path(name)
     if path.is_dir():
         if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
             raise ValueError(f"{path} is an adapter, not a model: give its base, merged with it")
-        return path / "model" if (path / "model" / "config.json").is_file() else path
+        return readable(path / "model" if (path / "model" / "config.json").is_file() else path)
     if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise FileNotFoundError(f"no directory {name}: give toy, a directory with config.json and "
                                 f"safetensors, or a hub id like Qwen/Qwen2.5-0.5B")
-    return snapshot(name, "model", ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"],
-                    f"no directory {name}, and cannot download https://huggingface.co/{name}",
-                    "If the model is gated, accept its licence there and set HF_TOKEN; without a network "
-                    "give a local directory, or set HF_HUB_OFFLINE=1 if the model is in the cache")
+    folder = snapshot(
+        name, "model", ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"],
+        f"no directory {name}, and cannot download https://huggingface.co/{name}",
+        "If the model is gated, accept its licence there and set HF_TOKEN; without a network "
+        "give a local directory, or set HF_HUB_OFFLINE=1 if the model is in the cache")
+    return readable(folder)
+
+def shards(index):
+    """The names of files in model.safetensors.index.json, or ValueError if they are none of its directory."""
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        odd = [name for name in names if name in ("", "..") or Path(name).name != name]
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise ValueError(f"{index} has no weight_map from tensors to files ({type(e).__name__}: {e})") from e
+    if odd:
+        raise ValueError(f"{index} names {odd[0]!r}, which is no file beside it")
+    return names
 
 def weight_files(directory):
     """directory: Path. -> [Path] of its safetensors files: one, or those that the index names. All exist."""
     index = directory / "model.safetensors.index.json"
     files = [directory / "model.safetensors"]
     if index.is_file() and not files[0].is_file():
-        files = sorted({directory / f for f in json.loads(index.read_text())["weight_map"].values()})
+        files = sorted(directory / name for name in shards(index))
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing: only safetensors are read (no .bin, no pickle)")
@@ -84,7 +110,8 @@ def finite(name, tensor):
     """The tensor, or ValueError if it is not stored as finite numbers of a floating point type."""
     if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"{name} is stored as {tensor.dtype}: quantised weights are not supported")
-    if not tensor.isfinite().all():
+    # A sum is twenty times as fast as isfinite() on a CPU, but it may overflow where no number is infinite.
+    if not tensor.sum().isfinite() and not tensor.isfinite().all():
         raise ValueError(f"{name} holds NaN or infinite numbers")
     return tensor
 
@@ -132,12 +159,45 @@ def download(url, folder=None):
         temporary.unlink(missing_ok=True)
     return path
 
-def run_flags(folder):
-    """The flags of the run in `folder`; {} if it is none. (A model's config.json has no flags.)"""
+def save_record(path, record):
+    """Write a dict as JSON, with a digest of it that read_record compares."""
+    text = json.dumps(record | {"digest": digest(json.dumps(record))}, indent=2)
+    save_safely(path, text + "\n")
+
+def read_record(path):
+    """-> the dict that save_record wrote. OSError if it is not there or damaged."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
     try:
-        return json.loads(Path(folder, "config.json").read_text()).get("flags", {})
-    except (OSError, ValueError, AttributeError):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        noted = record.pop("digest", None)              # a model's config.json has none
+    except (ValueError, TypeError, AttributeError) as e:
+        raise OSError(f"{path} is damaged: {e}") from e
+    if noted and noted != digest(json.dumps(record)):
+        raise OSError(f"{path} is damaged: it is not what was written")
+    return record
+
+def run_flags(folder):
+    """The flags of the run in `folder`; {} if it is none, or damaged. (A model's config.json has no flags.)"""
+    try:
+        flags = read_record(Path(folder, "config.json")).get("flags")
+    except OSError:
         return {}
+    return flags if isinstance(flags, dict) else {}
+
+def log_until(step, path):
+    """The text of a run's log up to a step. A last line that a kill has torn is left out; another one that
+    cannot be read is named as well."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    kept = ""
+    for i, line in enumerate(lines, 1):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept += line + "\n"
+        except (ValueError, TypeError, KeyError):
+            if i < len(lines):
+                print(f"{path} line {i} cannot be read and is left out")
+    return kept
 
 def empty(folder):
     """Delete a directory with all that is in it. A link to a directory, as on a scratch disk, stays."""
@@ -173,9 +233,17 @@ def weights_header(directory):
             headers += f.read(int.from_bytes(f.read(8), "little"))
     return headers
 
+def refuse_unwritable(out):
+    """OSError if `out`, or the directory in which it and results.csv will be, cannot be written to."""
+    for folder in (out, out.parent):
+        while not os.path.lexists(folder):
+            folder = folder.parent
+        tempfile.TemporaryFile(dir=folder).close()
+
 def refuse_to_replace(out, a):
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"--out {out} is a file")
+    for folder in (out, out / "checkpoints", out / "model"):
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise FileExistsError(f"--out {out}: {folder} is not a directory")
     if (out / "results.json").exists() and a.resume:
         raise FileExistsError(f"{out} holds a finished run: there is nothing to go on with")
     if (out / "results.json").exists() and not (a.overwrite or a.dry_run):
@@ -195,7 +263,7 @@ def run_inputs(rows, source):
 
 def refuse_other_inputs(out, inputs):
     """ValueError if the run in `out` began with others."""
-    old = json.loads((out / "config.json").read_text()).get("inputs", {})
+    old = read_record(out / "config.json").get("inputs", {})
     changed = [what for what, value in inputs.items() if old.get(what) != value]
     if changed:
         raise ValueError(f"--resume: not what the run in {out} began with: {', '.join(changed)}")
@@ -213,24 +281,56 @@ def only_one(folder):
     finally:
         os.close(lock)
 
+@contextmanager
+def locked(path):
+    """Hold a lock on a file, which is made if there is none, and which other holders replace."""
+    while True:
+        with open(path, "a") as f:
+            fcntl.flock(f, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(f.fileno()), os.stat(path)):       # not replaced while we waited
+                yield
+                return
+
+def checkpoint_files(out):
+    """-> [Path] of the whole checkpoints of a run, the newest last. (A write that was cut is .tmp.)"""
+    return sorted(Path(out, "checkpoints").glob("step-*.safetensors"))
+
+def last_checkpoint(out):
+    """The end of a message."""
+    return f"the last whole checkpoint: {(checkpoint_files(out) or ['none'])[-1]}"
+
+def checksum(header, tensors):
+    """A digest of a checkpoint: of its header's texts, and of each tensor's name, type, shape and sum. The
+    sum is that of its bits as whole numbers, which a flipped bit changes, and is computed where it lies."""
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    parts = sorted(header.items())
+    for name, t in sorted(tensors.items()):
+        size = t.element_size()
+        total = t.view(integer[size]).sum(dtype=integer[max(size, 4)])      # it may wrap around
+        parts.append((name, str(t.dtype), list(t.shape), total.item()))
+    return digest(parts)
+
 class Checkpoints:
     """OUT/checkpoints/step-N.safetensors, from which a run goes on as if it had never stopped. A file is
     whole or not there. It holds model.NAME, optimizer.I.NAME (the state of parameter I), routing.NAME (of
     the optimizer), history.NAME (of the loop), rng.cpu and rng.cuda; its header has the rest.
 
     As a context it notes in `asked` that SIGTERM, SIGHUP or Ctrl-C wants the run to end. The loop then saves
-    and calls leave_if_asked. A second signal ends the process at once."""
+    and calls leave_if_asked. A second signal ends the process at once. SIGPIPE is what train.py notes when
+    nobody reads stdout any more: as a signal it would also come from the pipe to a dead SQL child."""
 
     def __init__(self, out, model, optimizer, a, run=""):
-        self.folder = Path(out) / "checkpoints"
+        self.out = Path(out)
+        self.folder = self.out / "checkpoints"
         self.run = run                          # names the run that the files belong to
         self.model, self.optimizer = model, optimizer
         self.a = a
         self.asked = None                       # the number of the signal that asked to leave
+        self.saved = 0                          # the step of the newest checkpoint
         self.begin = time.perf_counter()        # of the run; load() counts what came before a resume
 
     def files(self):
-        return sorted(self.folder.glob("step-*.safetensors"))
+        return checkpoint_files(self.out)
 
     def save(self, step, history):
         """history: a dict of tensors. OSError if it cannot be written; the older checkpoints then stay."""
@@ -242,21 +342,22 @@ class Checkpoints:
                         "routing": state["routing"], "history": history, "rng": random})
         header = {"step": str(step), "run": self.run, "seconds": str(time.perf_counter() - self.begin),
                   "param_groups": json.dumps(state["param_groups"])}
+        header["checksum"] = checksum(header, tensors)
         self.folder.mkdir(exist_ok=True)
-        try:
-            save_safely(self.folder / f"step-{step:09d}.safetensors",
-                        lambda path: save_file(tensors, path, header))
-        except OSError as e:
-            whole = self.files()
-            raise OSError(f"{e}; the last whole checkpoint: {whole[-1] if whole else 'none'}") from e
+        save_safely(self.folder / f"step-{step:09d}.safetensors",
+                    lambda path: save_file(tensors, path, header))
+        self.saved = step
         for old in self.files()[:-self.a.keep]:
             old.unlink()
 
     def leave_if_asked(self, step):
         """Exit, if a signal asked for it, with the code that shells give to that signal."""
-        if self.asked:
-            print(f"stopped after step {step}: --resume --out {self.folder.parent} goes on from here")
-            raise SystemExit(128 + self.asked)
+        number = self.asked
+        if number:
+            self.asked = None                   # it has its answer
+            print(f"stopped after step {step}: --resume --out {self.out} goes on from here",
+                  file=sys.stderr if number == signal.SIGPIPE else sys.stdout)
+            raise SystemExit(128 + number)
 
     def load(self):
         """Put the newest checkpoint into model, optimizer and random states. -> (step, history), or None"""
@@ -274,16 +375,21 @@ class Checkpoints:
         torch.set_rng_state(parts["rng"]["cpu"])
         if self.a.device.startswith("cuda") and "cuda" in parts["rng"]:     # the run may have begun on a CPU
             torch.cuda.set_rng_state(parts["rng"]["cuda"], self.a.device)
-        return int(header["step"]), parts["history"]
+        self.saved = int(header["step"])
+        return self.saved, parts["history"]
 
     def read_newest(self):
         """-> header, {name: tensor} of the newest whole file; both empty if there is none."""
         for file in reversed(self.files()):
             try:
                 with safe_open(file, "pt") as f:
-                    return f.metadata(), {name: f.get_tensor(name) for name in f.keys()}
+                    header = f.metadata() or {}
+                    tensors = {name: f.get_tensor(name) for name in f.keys()}
+                if header.pop("checksum", None) != checksum(header, tensors):
+                    raise SafetensorError("its checksum is wrong")
+                return header, tensors
             except SafetensorError as e:
-                print(f"{file} is not whole ({e}): trying the one before it")
+                print(f"{file} is not whole ({e}) and is set aside")
                 file.rename(file.with_suffix(".torn"))
         return {}, {}
 
@@ -299,9 +405,11 @@ class Checkpoints:
             signal.signal(number, ask)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, error, *_):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if error is None:
+            self.leave_if_asked(self.saved)         # asked behind the last save, or where none was due
 
 def flat(groups):
     """{group: {name: tensor}} -> {"group.name": tensor}, and safetensors wants them contiguous."""

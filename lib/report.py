@@ -1,23 +1,25 @@
 """What a run says about itself: its size, where it ran, its log lines, tables and results. For train.py."""
 import csv
-import fcntl
 import io
 import json
 import math
+import os
 import platform
 import resource
 import shutil
+import sqlite3
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
 from data import TASKS, batch_of
 from lib.evaluate import flat
-from lib.files import save_safely
+from lib.files import locked, read_record, save_safely
 from model import LOGIT_ROWS, molf_layers
 from molf import param_groups
 
@@ -28,10 +30,32 @@ def csv_columns():
     metrics = dict.fromkeys(name for task in TASKS.values() for name in task.report)
     return CSV_COLUMNS + list(metrics)
 
-def refuse_other_columns(table):
-    """FileExistsError if results.csv is not a table of runs."""
-    if table.exists() and "run" not in table.read_text().partition("\n")[0].split(","):
-        raise FileExistsError(f"{table} has other columns than a table of runs: move it away")
+def read_table(path):
+    """results.csv -> [line], each a list of texts, the names of columns first; [] if there is none. OSError
+    if it is not a table of runs. A torn last line is left out: its run will add it, for it did not finish."""
+    if not path.exists():
+        return []
+    try:
+        with open(path, "r+", encoding="utf-8", newline="") as f:       # PermissionError before the training
+            text = f.read()
+        if ",".join(csv_columns()).startswith(text.strip()):            # it is empty, or was torn up there
+            return []
+        lines = list(csv.reader(io.StringIO(text, newline="")))
+    except (ValueError, csv.Error) as e:
+        raise FileExistsError(f"{path} cannot be read ({e}): move it away") from e
+    if "run" not in lines[0]:
+        raise FileExistsError(f"{path} has other columns than a table of runs: move it away")
+    if not text.endswith("\n") and len(lines[-1]) < len(lines[0]):
+        print(f"{path}: its last line was cut off and is left out")
+        lines.pop()
+    return lines
+
+def begun(out, a):
+    """When the run in `out` began, which is one with its line in results.csv. Who goes on with it, or
+    evaluates there again, keeps that."""
+    path = out / "config.json"
+    old = read_record(path) if path.exists() and (a.resume or a.eval_only) else {}
+    return old.get("date") or time.strftime("%Y-%m-%d %H:%M:%S")
 
 def provenance():
     git = None
@@ -41,8 +65,7 @@ def provenance():
         git = result.stdout.strip() or None
     return dict(argv=sys.argv, git=git, python=platform.python_version(),
                 gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-                torch=torch.__version__, threads=torch.get_num_threads(),
-                date=time.strftime("%Y-%m-%d %H:%M:%S"))
+                torch=torch.__version__, sqlite=sqlite3.sqlite_version, threads=torch.get_num_threads())
 
 def peak_memory(device):
     """GB: of the GPU's allocator, or of this process on a CPU."""
@@ -87,6 +110,35 @@ def escape_unprintable():
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
+def discard_stdout():
+    """Nobody reads it any more: let neither a print fail nor what the interpreter still writes at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+@contextmanager
+def quiet_ends():
+    """A reader that has left (`| head`) and Ctrl-C end a program in one line, with the shell's exit code."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        code, why = 130, "stopped by Ctrl-C"
+    except BrokenPipeError:
+        discard_stdout()
+        code, why = 141, "stopped, because nobody reads the output"
+    else:
+        return
+    with suppress(BrokenPipeError):
+        print(why, file=sys.stderr)
+    sys.exit(code)
+
+def stop(error, more=""):
+    """End with exit code 1 and one line. A broken pipe is left to quiet_ends."""
+    if isinstance(error, BrokenPipeError):
+        raise error
+    sys.exit(f"error: {error}{more}")
+
 def log_line(r, total):
     """The record of a step as a line to read."""
     lrs = "/".join(f"{lr:.1e}" for lr in r["lr"].values())
@@ -109,14 +161,17 @@ def sample(p):
     return "\n".join([f"  prompt     ...{p['prompt'][-200:]!r}", f"  reference  {p['reference'][:200]!r}",
                       f"  prediction {p['prediction'][:200]!r}"])
 
-def report(out, a, results, predictions, n_rows):
-    """predictions.jsonl, results.json, a line in results.csv beside the run; a table and samples to read.
-    results: "after" and perhaps "before" are results of lib.evaluate."""
-    after = results["after"]
+def save_results(out, a, date, results, predictions, n_rows):
+    """predictions.jsonl, a line in results.csv beside the run, and results.json last: with that the run is
+    finished. date: when it began. results: "after" and perhaps "before" are results of lib.evaluate."""
     flattened = results | {k: flat(results[k]) for k in ("before", "after") if k in results}
     save_safely(out / "predictions.jsonl", "".join(json.dumps(p) + "\n" for p in predictions))
+    add_to_table(out, a, date, results, len(predictions), n_rows)
     save_safely(out / "results.json", json.dumps(flattened, indent=2) + "\n")
-    add_to_table(out, a, results, len(predictions), n_rows)
+
+def print_results(results, predictions):
+    """A table, and samples to read."""
+    after = results["after"]
     step = len(predictions) // 3 or 1
     print()
     for p in predictions[::step][:3]:
@@ -126,29 +181,29 @@ def report(out, a, results, predictions, n_rows):
         first = predictions[0]["verdict"]["error"]
         print(f"no reference ran, so nothing could be compared; the first: {first}")
 
-def add_to_table(out, a, results, eval_rows, n_rows):
-    """A line for results.csv."""
+def add_to_table(out, a, date, results, eval_rows, n_rows):
+    """A line for results.csv, in the place of one that the run added before it was killed."""
     after = results["after"]
-    row = vars(a) | dict(date=time.strftime("%Y-%m-%d %H:%M:%S"), run=out.name, rows=n_rows,
-                         ranks=" ".join(map(str, a.ranks)), eval_rows=eval_rows,
-                         train_seconds=round(results.get("train_seconds", 0)),
+    row = vars(a) | dict(date=date, run=out.name, rows=n_rows, ranks=" ".join(map(str, a.ranks)),
+                         eval_rows=eval_rows, train_seconds=round(results.get("train_seconds", 0)),
                          eval_seconds=round(after["seconds"], 1))
     if a.eval_only:
         row = {k: row[k] for k in ("date", "run", "task", "eval_data", "eval_rows", "eval_seconds")}
         row |= {"method": "evaluation", "model": a.eval_only}
     row |= {name: x["value"] for name, x in after["metrics"].items()}
-    with open(out.parent / "results.csv", "a+", newline="") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)               # other runs write to it as well
-        f.seek(0)
-        reader = csv.DictReader(f)
-        rows = list(reader)
-        columns = list(dict.fromkeys([*(reader.fieldnames or []), *csv_columns()]))
-        writer = csv.DictWriter(f, columns, extrasaction="ignore")
-        if columns != reader.fieldnames:            # the table is new, or a task or flag has added columns
-            f.truncate(0)
-            writer.writeheader()
-            writer.writerows(rows)
-        writer.writerow(row)
+    table = (out.parent / "results.csv").resolve()
+    with locked(table):                             # other runs write to it as well
+        old, *lines = read_table(table) or [[]]
+        columns = list(dict.fromkeys([*old, *csv_columns()]))           # a task may have added some
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        writer.writerow(columns)
+        for line in lines:
+            named = dict(zip(old, line))
+            if (named.get("date"), named.get("run")) != (date, out.name):
+                writer.writerow(line + [""] * (len(columns) - len(line)))
+        writer.writerow([row.get(name, "") for name in columns])
+        save_safely(table, text.getvalue())
 
 def print_metrics(before, after):
     before = before or {"metrics": {}, "counts": {}}
@@ -169,6 +224,15 @@ def share_changed(before, after):
         return None
     changed = sum((new != old).sum() for new, old in zip(after, before))
     return changed.item() / sum(t.numel() for t in before)
+
+def read_first_result(path):
+    """before.json -> the result of lib.evaluate that it holds. OSError if it is damaged."""
+    try:
+        result = read_record(path)
+        flat(result)
+        return result
+    except (OSError, KeyError, TypeError, AttributeError) as e:
+        raise OSError(f"{path} is damaged: without it, the model is evaluated again") from e
 
 def warn_of_guessing(loss, vocab_size):
     if abs(loss / math.log(vocab_size) - 1) < 0.05:

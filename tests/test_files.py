@@ -3,6 +3,8 @@ import argparse
 import hashlib
 import http.server
 import json
+import math
+import os
 import random
 import shutil
 import signal
@@ -16,14 +18,14 @@ import pytest
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, safe_open
+from safetensors.torch import load_file, safe_open, save_file
 from torch import nn
 
 import data
 import molf
 import train
-from lib.files import (Checkpoints, download, find_checkpoint, hub_files, only_one, run_flags, save_safely,
-                       weight_files)
+from lib.files import (Checkpoints, download, find_checkpoint, finite, hub_files, last_checkpoint, log_until,
+                       only_one, read_record, run_flags, save_record, save_safely, weight_files)
 from model import Transformer, add_experts
 
 TOY = Path(__file__).parents[1] / "toy"
@@ -101,6 +103,92 @@ def test_weight_files_are_one_or_those_of_the_index_and_all_there(tmp_path):
     save_torch_state_dict({"w": torch.randn(5)}, tmp_path / "b")
     shutil.copy(tmp_path / "b" / "model.safetensors", tmp_path)
     assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]   # the index is of old shards
+
+
+@pytest.mark.parametrize("content", [
+    "{", "[]", "{}", '{"weight_map": ["a.safetensors"]}', '{"weight_map": {"a": 1}}',
+    '{"weight_map": {"a": ["b"]}}', '{"weight_map": {"a": null}}'])
+def test_an_index_without_names_of_files_is_refused_by_name(content, tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(content)
+    with pytest.raises(ValueError, match=f"{index} has no weight_map"):
+        weight_files(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "a/../../x", "sub/x.safetensors", "..", ""])
+def test_an_index_that_leads_out_of_its_directory_is_refused_by_name(name, tmp_path):
+    (tmp_path / "m" / "sub").mkdir(parents=True)
+    for path in (tmp_path / "x.safetensors", tmp_path / "m" / "sub" / "x.safetensors"):
+        shutil.copy(TOY / "model.safetensors", path)
+    index = tmp_path / "m" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"w": name}}))
+    with pytest.raises(ValueError, match=f"{index} names '{name}', which is no file beside it"):
+        weight_files(tmp_path / "m")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "generation_config.json", "config.json"])
+@pytest.mark.parametrize("make", [
+    os.mkfifo, lambda path: path.mkdir(), lambda path: path.symlink_to("nowhere"),
+    lambda path: path.symlink_to("/dev/zero")], ids=["fifo", "directory", "dangling", "device"])
+def test_what_stands_for_a_file_of_a_model_and_is_none_is_refused(make, name, tmp_path):
+    shutil.copytree(TOY, tmp_path / "m")
+    (tmp_path / "m" / name).unlink(missing_ok=True)
+    make(tmp_path / "m" / name)
+    with pytest.raises(OSError, match=f"{tmp_path / 'm' / name} is not a file, nor a link to one"):
+        find_checkpoint(tmp_path / "m")
+
+
+def test_a_directory_of_links_is_exported_as_files(tmp_path):
+    """As in the hub's cache, whose files are links into ../../blobs."""
+    shutil.copytree(TOY, tmp_path / "blobs")
+    (tmp_path / "m").mkdir()
+    for file in (tmp_path / "blobs").iterdir():
+        (tmp_path / "m" / file.name).symlink_to(f"../blobs/{file.name}")
+    Transformer.from_pretrained(tmp_path / "m").save_pretrained(tmp_path / "out")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        copy = tmp_path / "out" / name
+        assert not copy.is_symlink() and copy.read_bytes() == (TOY / name).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_weights_that_are_not_finite_are_noticed_and_large_ones_are_not(dtype):
+    large = torch.full((64, 64), torch.finfo(dtype).max, dtype=dtype)
+    assert finite("w", large) is large and not large.sum().isfinite()
+    for value in (math.inf, -math.inf, math.nan):
+        for rest in (torch.zeros(64, 64, dtype=dtype), large, -large, torch.full_like(large, -value)):
+            rest = rest.clone()
+            rest[63, 63] = value
+            with pytest.raises(ValueError, match="w holds NaN or infinite numbers"):
+                finite("w", rest)
+
+
+def test_a_record_is_read_as_it_was_written_or_not_at_all(tmp_path):
+    path = tmp_path / "r.json"
+    record = {"lr": 1e-5, "ranks": [4, 16], "nothing": None, "text": "\ud83d \u00e9", "n": {"a": True}}
+    save_record(path, record)
+    whole = path.read_bytes()
+    assert read_record(path) == record and list(json.loads(whole)) == [*record, "digest"]
+    for damaged in (b"", b"{", b"[1]", b"\xff", whole[:-9], whole.replace(b"1e-05", b"1e-04"), b"\0" * 99):
+        path.write_bytes(damaged)
+        with pytest.raises(OSError, match=f"{path} is damaged: "):
+            read_record(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(OSError, match=f"no file {path}"):
+        read_record(path)
+
+
+def test_a_log_goes_on_behind_its_last_whole_line(tmp_path, capsys):
+    path = tmp_path / "log.jsonl"
+    good = ['{"step": 1}', '{"step": 2}', '{"step": 3}']
+    for torn in ("", '{"st', "\0\0\0", '{"step": 2, "loss": "\ufffd'):
+        path.write_text("\n".join([*good, torn]))
+        assert log_until(2, path) == '{"step": 1}\n{"step": 2}\n'
+    assert capsys.readouterr().out == ""
+    path.write_bytes(b'{"step": 1}\n\xff\xfe\n[3]\n{"step": "x"}\n{"step": 2}')
+    assert log_until(2, path) == '{"step": 1}\n{"step": 2}\n'
+    assert capsys.readouterr().out == "".join(f"{path} line {i} cannot be read and is left out\n"
+                                              for i in (2, 3, 4))
 
 
 def test_the_flags_of_a_run(tmp_path):
@@ -418,7 +506,68 @@ def test_only_the_newest_checkpoints_are_kept_and_a_torn_one_is_passed_over(tmp_
     assert checkpoints.load() is None
 
 
-def test_a_checkpoint_that_cannot_be_written_names_the_last_whole_one(tmp_path, monkeypatch):
+def flipped(file, bit):
+    content = bytearray(file.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(content)
+
+
+def rewritten(change):
+    """-> damage(file), which changes header and tensors, and leaves the file a good safetensors file."""
+    def damage(file):
+        with safe_open(file, "pt") as f:
+            header, tensors = f.metadata(), {name: f.get_tensor(name).clone() for name in f.keys()}
+        change(header, tensors)
+        save_file(tensors, file, header)
+    return damage
+
+
+@pytest.mark.parametrize("damage", [
+    rewritten(lambda header, tensors: header.update(step="7")),
+    rewritten(lambda header, tensors: header.pop("param_groups")),
+    rewritten(lambda header, tensors: header.update(param_groups=header["param_groups"][:-9])),
+    rewritten(lambda header, tensors: header.clear()),
+    rewritten(lambda header, tensors: tensors.pop("routing.step")),
+    rewritten(lambda header, tensors: tensors.pop("rng.cpu")),
+    rewritten(lambda header, tensors: tensors.update({"model.0.weight": torch.zeros(3)})),
+    rewritten(lambda header, tensors: tensors.update({"model.0.weight": tensors["model.0.weight"].double()})),
+    rewritten(lambda header, tensors: tensors["optimizer.0.exp_avg"][:2].zero_()),
+    rewritten(lambda header, tensors: tensors["history.won"].logical_not_()),
+    lambda file: file.write_bytes(b""), lambda file: file.write_bytes(b"\0" * 10 ** 4),
+    lambda file: file.write_bytes(file.read_bytes()[8:])])
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_taken(damage, tmp_path, capsys):
+    model, optimizer, checkpoints = small(0, tmp_path)
+    history = small_steps(model, optimizer, 1)
+    checkpoints.save(1, history)
+    want = everything(model, optimizer, history)
+    checkpoints.save(2, small_steps(model, optimizer, 1, history))
+    newest = checkpoints.files()[-1]
+    damage(newest)
+    step, history = checkpoints.load()
+    assert step == 1 and same(everything(model, optimizer, history), want)
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and said.startswith(f"{newest} is not whole (")
+
+
+def test_each_flipped_bit_of_a_checkpoint_is_noticed(tmp_path, capsys):
+    """One anywhere in the file: in its header, or in a tensor of any kind and type."""
+    model, optimizer, checkpoints = small(0, tmp_path)
+    model.bfloat16()
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    optimizer.step()
+    history = {"gates": torch.rand(3, 2, 3) > 0.5, "scores": torch.rand(3, 2, 3), "n": torch.arange(5)}
+    checkpoints.save(1, history)
+    (file,) = checkpoints.files()
+    whole = file.read_bytes()
+    assert checkpoints.load()[0] == 1
+    rng = random.Random(0)
+    for bit in [*range(0, 64), *(rng.randrange(8 * len(whole)) for _ in range(400))]:
+        flipped(file, bit)
+        assert checkpoints.load() is None and "is not whole" in capsys.readouterr().out, bit
+        file.write_bytes(whole)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_whole_one(tmp_path, monkeypatch):
     model, optimizer, checkpoints = small(0, tmp_path, keep=1)
 
     def full_disk(tensors, path, metadata):
@@ -426,13 +575,19 @@ def test_a_checkpoint_that_cannot_be_written_names_the_last_whole_one(tmp_path, 
         raise SafetensorError("No space left on device")
     with monkeypatch.context() as patch:
         patch.setattr("lib.files.save_file", full_disk)
-        with pytest.raises(OSError, match="No space left on device; the last whole checkpoint: none"):
+        with pytest.raises(OSError, match="No space left on device"):
             checkpoints.save(1, {})
+    assert last_checkpoint(tmp_path) == "the last whole checkpoint: none"
     checkpoints.save(1, {})
     monkeypatch.setattr("lib.files.save_file", full_disk)
     (whole,) = checkpoints.files()
-    with pytest.raises(OSError, match=f"the last whole checkpoint: {whole}"):
+    with pytest.raises(OSError, match="No space left on device"):
         checkpoints.save(2, {})
+    (tmp_path / "checkpoints" / "step-000000009.safetensors.tmp").write_bytes(b"half")
+    (tmp_path / "checkpoints" / "step-000000008.torn").write_bytes(b"half")
+    assert last_checkpoint(tmp_path) == f"the last whole checkpoint: {whole}"
+    for name in ("step-000000009.safetensors.tmp", "step-000000008.torn"):
+        (tmp_path / "checkpoints" / name).unlink()
     assert list(checkpoints.folder.iterdir()) == [whole] and checkpoints.load() == (1, {})
 
 
@@ -462,6 +617,18 @@ def test_a_signal_asks_the_loop_to_save_and_leave(number, code, tmp_path, capsys
             checkpoints.leave_if_asked(2)
     assert e.value.code == code and checkpoints.load()[0] == 2
     assert capsys.readouterr().out == f"stopped after step 2: --resume --out {tmp_path} goes on from here\n"
+
+
+def test_a_signal_behind_the_last_save_is_not_forgotten(tmp_path, capsys):
+    """Nobody calls leave_if_asked any more. An error that ends the loop goes first."""
+    *_, checkpoints = small(0, tmp_path)
+    with pytest.raises(SystemExit) as e, checkpoints:
+        checkpoints.save(3, {})
+        checkpoints.leave_if_asked(3)
+        signal.raise_signal(signal.SIGTERM)
+    assert e.value.code == 143 and "stopped after step 3: --resume --out" in capsys.readouterr().out
+    with pytest.raises(ZeroDivisionError), checkpoints:
+        1 / 0
 
 
 def test_a_second_signal_leaves_at_once(handlers, tmp_path):

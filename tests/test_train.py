@@ -1,6 +1,7 @@
 """train.py as its users run it, its loop against hand-made references, and what it says to bad input."""
 import argparse
 import csv
+import errno
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
+import lib.report
 import molf
 import train
 from data import Tokenizer, encode
@@ -802,3 +805,361 @@ def test_packed_layout_on_a_device_is_that_of_its_lengths():
     layout = Packed([2, 3, 1])
     assert layout.seq.tolist() == [0, 0, 1, 1, 1, 2] and layout.pos.tolist() == [0, 1, 0, 1, 2, 0]
     assert layout.cu_seqlens.tolist() == [0, 2, 5, 6] and layout.max_len == 3
+
+
+# ---------------------------------------------------------------------------------- what may go wrong on a disk
+
+def no_space(monkeypatch, name):
+    """From now on a file whose path ends so cannot be written."""
+    replace = os.replace
+
+    def full(source, target):
+        if str(target).endswith(name):
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        replace(source, target)
+    monkeypatch.setattr(os, "replace", full)
+
+
+@pytest.mark.parametrize("name", [
+    "step-000000010.safetensors", "routing.safetensors", "model/model.safetensors", "model/config.json",
+    "model/tokenizer.json", "predictions.jsonl", "results.csv", "results.json"])
+def test_every_error_of_a_run_names_the_last_whole_checkpoint_and_resume_goes_on(name, tmp_path, monkeypatch):
+    args = ["--limit", 16, "--epochs", 3, "--batch-size", 4, "--save-every", 5, "--out", tmp_path / "run"]
+    main(*args[:-1], tmp_path / "whole")
+    copyfile = shutil.copyfile
+
+    def full_copy(source, target):
+        if str(target).endswith(name):
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        copyfile(source, target)
+    with monkeypatch.context() as patch:
+        no_space(patch, name)
+        patch.setattr(shutil, "copyfile", full_copy)
+        with pytest.raises(SystemExit) as e:
+            main(*args)
+    step = 5 if name.startswith("step") else 12
+    whole = tmp_path / "run" / "checkpoints" / f"step-{step:09d}.safetensors"
+    assert e.value.code.startswith("error: ") and "No space left on device" in e.value.code
+    assert e.value.code.endswith(f"; the last whole checkpoint: {whole}") and "\n" not in e.value.code
+    main("--resume", "--out", tmp_path / "run")
+    for file in ("model/model.safetensors", "routing.safetensors", "predictions.jsonl"):
+        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    with open(tmp_path / "results.csv") as f:
+        assert [row["run"] for row in csv.DictReader(f)] == ["whole", "run"]
+
+
+def test_a_log_that_cannot_be_written_names_the_last_whole_checkpoint(tmp_path, monkeypatch):
+    def full(*args, file=None, flush=False):
+        if file and json.loads(args[0])["step"] > 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        print(*args, file=file, flush=flush)
+    monkeypatch.setattr(train, "print", full, raising=False)
+    with pytest.raises(SystemExit, match=r"No space left on device; the last whole .*step-000000005.safe"):
+        main("--limit", 16, "--epochs", 3, "--batch-size", 4, "--save-every", 5, "--out", tmp_path)
+
+
+def test_a_diverged_run_names_no_half_file_as_its_checkpoint(tmp_path):
+    class Cut(Checkpoints):
+        def save(self, step, history):
+            super().save(step, history)
+            (self.folder / "step-000000099.safetensors.tmp").write_bytes(b"half")
+            self.optimizer.param_groups[0]["params"][0].data.fill_(math.nan)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Checkpoints", Cut)
+        with pytest.raises(SystemExit) as e:
+            main("--method", "fft", "--limit", 16, "--epochs", 3, "--batch-size", 4, "--save-every", 5,
+                 "--out", tmp_path)
+    whole = tmp_path / "checkpoints" / "step-000000005.safetensors"
+    assert e.value.code.endswith(f"{tmp_path / 'last-good'}; the last whole checkpoint: {whole}")
+
+
+@pytest.mark.parametrize("damage, file", [
+    (lambda path: path.write_text("{"), "before.json"), (lambda path: path.write_text("{}"), "before.json"),
+    (lambda path: path.write_bytes(path.read_bytes().replace(b'"n": 16', b'"n": 17')), "before.json"),
+    (lambda path: path.write_bytes(b"\xff\x00" * 50), "before.json"),
+    (lambda path: path.unlink() or path.mkdir(), "log.jsonl")])
+def test_a_damaged_file_of_a_stopped_run_is_named(damage, file, tmp_path):
+    stopped_run(tmp_path, "--limit", 16)
+    damage(tmp_path / "run" / file)
+    with pytest.raises(SystemExit) as e:
+        main("--resume", "--out", tmp_path / "run")
+    assert e.value.code.startswith("error: ") and str(tmp_path / "run" / file) in e.value.code
+    assert "\n" not in e.value.code
+    if file == "before.json":
+        assert "is damaged: without it, the model is evaluated again" in e.value.code
+        (tmp_path / "run" / file).unlink()
+        main("--resume", "--out", tmp_path / "run")
+
+
+def test_a_log_with_a_line_of_garbage_does_not_stop_a_run(tmp_path, capsys):
+    stopped_run(tmp_path, "--limit", 16)
+    path = tmp_path / "run" / "log.jsonl"
+    path.write_bytes(b"\0\xff\n" + path.read_bytes() + b'{"step": 6, "lo')
+    main("--resume", "--out", tmp_path / "run")
+    assert f"{path} line 1 cannot be read and is left out" in capsys.readouterr().out
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 5, 6, 10, 12]
+
+
+@pytest.mark.parametrize("damage", [
+    lambda path: path.write_text("{"), lambda path: path.unlink() or path.mkdir(),
+    lambda path: path.write_text('{"flags": [1]}'),
+    lambda path: path.write_text(path.read_text().replace('"fact"', '"fict"')),
+    lambda path: path.write_text(path.read_text().replace('"seed": 42', '"seed": 43'))])
+def test_a_run_whose_config_is_damaged_is_neither_resumed_nor_evaluated(damage, tmp_path, capsys):
+    stopped_run(tmp_path, "--limit", 16)
+    main("--limit", 8, "--epochs", 1, "--out", tmp_path / "done")
+    for folder, args, message in (("run", ["--resume", "--out"], "no config.json of a run, or a damaged one"),
+                                  ("done", ["--eval-only"], "config.json is damaged or missing")):
+        damage(tmp_path / folder / "config.json")
+        with pytest.raises(SystemExit) as e:
+            main(*args, tmp_path / folder)
+        assert e.value.code == 2 and message in capsys.readouterr().err
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+
+
+def test_a_run_of_a_task_that_is_gone_is_not_evaluated(tmp_path, monkeypatch, capsys):
+    main("--limit", 8, "--epochs", 1, "--out", tmp_path / "run")
+    tasks = {k: v for k, v in data.TASKS.items() if k != "fact"}
+    monkeypatch.setattr(data, "TASKS", tasks)
+    with pytest.raises(SystemExit) as e:
+        main("--eval-only", tmp_path / "run")
+    assert e.value.code == 2 and "--task fact, which is not here any more" in capsys.readouterr().err
+
+
+def test_where_the_only_checkpoint_is_damaged_the_run_starts_anew_and_says_so(tmp_path, capsys):
+    stopped_run(tmp_path, "--limit", 16)
+    (file,) = (tmp_path / "run" / "checkpoints").iterdir()
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+    main("--resume", "--out", tmp_path / "run")
+    said = capsys.readouterr().out
+    assert f"{file} is not whole" in said and "no whole checkpoint: starting anew" in said
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert steps == [1, 5, 10, 12]
+
+
+@pytest.mark.parametrize("args", [["--limit", 8, "--epochs", 1], ["--eval-only", "toy", "--eval-limit", 8]])
+def test_a_kill_between_the_table_and_the_results_neither_loses_nor_doubles_a_line(args, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(*args):
+        raise Killed
+
+    def lines():
+        with open(tmp_path / "results.csv") as f:
+            return [row["run"] for row in csv.DictReader(f)]
+    save = lib.report.save_safely
+    again = ["--resume"] if "--limit" in args else args
+    for name, left in (("results.csv", []), ("results.json", ["run"])):
+        monkeypatch.setattr(lib.report, "save_safely",
+                            lambda path, content: (killed if path.name == name else save)(path, content))
+        with pytest.raises(Killed):
+            main(*(args if name == "results.csv" else again), "--out", tmp_path / "run")
+        assert not (tmp_path / "run" / "results.json").exists()
+        if left:
+            assert lines() == left
+    monkeypatch.undo()
+    time.sleep(1.1)                                     # another second is another date
+    main(*again, "--out", tmp_path / "run")
+    assert lines() == ["run"]
+    main(*args, "--out", tmp_path / "other")
+    assert lines() == ["run", "other"]
+    if "--limit" in args:                               # a run of its own, with a line of its own
+        main(*args, "--out", tmp_path / "run", "--overwrite")
+        assert lines() == ["run", "other", "run"]
+
+
+def test_a_torn_table_of_results_stops_no_run_and_shifts_no_line(tmp_path, capsys):
+    main("--eval-only", "toy", "--eval-limit", 4, "--out", tmp_path / "a")
+    table = tmp_path / "results.csv"
+    whole = table.read_bytes()
+    header = whole.splitlines(True)[0]
+    torn = {b"": ["b"], header[:30]: ["b"], header[:-2]: ["b"], header: ["b"], whole[:-2]: ["a", "b"],
+            whole + b"2026-11-25 10:00:00,x,fa": ["a", "b"], whole + b'2026-11-25 10:00:00,"x': ["a", "b"]}
+    for content, runs in torn.items():
+        table.write_bytes(content)
+        main("--eval-only", "toy", "--eval-limit", 4, "--out", tmp_path / "b", "--overwrite")
+        with open(table, newline="") as f:
+            rows = list(csv.DictReader(f))
+        assert [row["run"] for row in rows] == runs
+        assert all(None not in row and None not in row.values() and row["ES"] for row in rows)
+        assert ("was cut off and is left out" in capsys.readouterr().out) == (content[-3:] in (b",fa", b',"x'))
+    table.write_bytes(b"\xff\xfe")
+    with pytest.raises(SystemExit, match="results.csv cannot be read .*: move it away"):
+        main("--limit", 8, "--out", tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+ADD = """import sys; sys.path.insert(0, {root!r})
+import pathlib, train
+from lib.report import add_to_table
+a = train.parse_args(["--device", "cpu"])
+after = {{"metrics": {{"ES": {{"value": 0.5}}}}, "seconds": 1.0}}
+for i in range(30):
+    add_to_table(pathlib.Path(sys.argv[1]) / f"{{sys.argv[2]}}-{{i}}", a, "today", {{"after": after}}, 1, 1)
+    print(i, flush=True)
+"""
+
+
+def test_runs_that_end_at_once_lose_no_line_and_a_kill_no_table(tmp_path):
+    """Three processes add 30 lines each; a fourth is killed on the way."""
+    children = [subprocess.Popen([sys.executable, "-c", ADD.format(root=str(ROOT)), tmp_path, name],
+                                 stdout=subprocess.PIPE, text=True) for name in "abcd"]
+    for _ in range(10):
+        said = children[3].stdout.readline()
+    children[3].kill()
+    for child in children:
+        child.communicate(timeout=120)
+    with open(tmp_path / "results.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    runs = {row["run"] for row in rows}
+    assert len(runs) == len(rows) and {row["ES"] for row in rows} == {"0.5"}
+    assert {f"{name}-{i}" for name in "abc" for i in range(30)} <= runs
+    assert {f"d-{i}" for i in range(int(said) + 1)} <= runs
+
+
+def test_a_place_that_cannot_be_written_to_is_noticed_before_anything_is_loaded(monkeypatch):
+    """As another user where root runs the tests, since root may write anywhere."""
+    monkeypatch.setattr(train, "find_checkpoint", lambda *_: pytest.fail("loaded"))
+    folder = Path(tempfile.mkdtemp())
+    (folder / "run").mkdir()
+    (folder / "run").chmod(0o777)
+    (folder / "results.csv").write_text("date,run\r\n")
+    (folder / "mine").mkdir()
+    folder.chmod(0o555)
+    (folder / "mine").chmod(0o555)
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)
+        for out in ("new", "a/b/new", "mine", "run"):       # for the last, results.csv
+            with pytest.raises(SystemExit, match="^error: .*Permission denied"):
+                main("--limit", 8, "--out", folder / out)
+    finally:
+        os.seteuid(user)
+        folder.chmod(0o755)
+        (folder / "mine").chmod(0o755)
+        shutil.rmtree(folder)
+
+
+def test_a_file_or_a_dangling_link_in_the_place_of_a_directory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "find_checkpoint", lambda *_: pytest.fail("loaded"))
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    for name in ("checkpoints", "model"):
+        (tmp_path / f"of-{name}").mkdir()
+        (tmp_path / f"of-{name}" / name).write_text("")
+    for out in ("link", "file", "of-checkpoints", "of-model"):
+        with pytest.raises(SystemExit, match=f"^error: --out .*{out}.* is not a directory$"):
+            main("--limit", 8, "--out", tmp_path / out)
+
+
+def test_a_fifo_in_a_models_directory_ends_a_run_before_it_trains(tmp_path):
+    shutil.copytree(TOY, tmp_path / "m")
+    os.mkfifo(tmp_path / "m" / "vocab.json")
+    result = run("--model", tmp_path / "m", "--data", "toy", "--out", tmp_path / "run")
+    assert result.returncode == 1 and result.stdout == "" and result.stderr.count("\n") == 1
+    assert f"{tmp_path / 'm' / 'vocab.json'} is not a file" in result.stderr
+
+
+def test_a_run_with_relative_paths_is_resumed_and_evaluated_from_elsewhere(tmp_path, monkeypatch):
+    shutil.copytree(TOY, tmp_path / "m")
+    rows, _ = data.load_rows("fact", "train", "toy", limit=16)
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    stopped_run(Path("."), "--model", "m", "--ranks", 4, "--data", "rows.json", "--eval-data", "rows.json",
+                "--method", "lora")
+    given = json.loads((tmp_path / "run" / "config.json").read_text())["flags"]
+    assert given["model"] == str(tmp_path / "m") and given["eval_data"] == str(tmp_path / "rows.json")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(SystemExit) as e:
+        main("--resume", "--out", "../run", "--data", "toy")
+    assert e.value.code == 2
+    main("--resume", "--out", "../run", "--data", "../rows.json")
+    main("--eval-only", "../run", "--out", "again")
+    adapter = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(tmp_path / "m")
+    first, again = (json.loads(Path(p, "results.json").read_text())["after"] for p in ("../run", "again"))
+    assert first["ES"] == again["ES"] and first["ES"]["n"] == 16
+
+
+@pytest.mark.parametrize("missing", ["fcntl", "resource"])
+@pytest.mark.parametrize("program", ["train.py", "model.py", "data.py"])
+def test_a_system_without_posix_modules_is_told_in_one_line(program, missing):
+    code = f"import runpy, sys; sys.modules[{missing!r}] = None; sys.argv = ['x', '--help']; " \
+           f"sys.path.insert(0, {str(ROOT)!r}); runpy.run_path({str(ROOT / program)!r}, run_name='__main__')"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1 and result.stderr.startswith("error: this needs Linux or macOS")
+    assert result.stderr.count("\n") == 1 and missing in result.stderr
+
+
+# --------------------------------------------------------------- signals and broken pipes, at any time of a run
+
+STOPPED = """import os, signal, sys; sys.path.insert(0, {root!r})
+import train
+def at(name, n, act):
+    real, count = getattr(train, name), [0]
+    def acting(*args, **kwargs):
+        count[0] += 1
+        if count[0] == n:
+            act()
+        return real(*args, **kwargs)
+    setattr(train, name, acting)
+at({name!r}, {n}, lambda: os.kill(os.getpid(), signal.{signal}))
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("name, n", [("read_data", 1), ("evaluate", 1), ("evaluate", 2), ("export", 1),
+                                     ("save_results", 1)])
+@pytest.mark.parametrize("number, code", [("SIGTERM", -signal.SIGTERM), ("SIGINT", 130)])
+def test_a_signal_outside_the_training_is_not_swallowed(number, code, name, n, tmp_path):
+    """SIGTERM kills, which a shell shows as 143. What was trained is not lost."""
+    out = tmp_path / "run"
+    code_of_child = STOPPED.format(root=str(ROOT), name=name, n=n, signal=number)
+    command = [sys.executable, "-c", code_of_child, *RUN[:-4], "--out", out]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"},
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    assert result.returncode == code
+    assert result.stderr == ("" if code < 0 else "stopped by Ctrl-C\n")
+    trained = n == 2 or name in ("export", "save_results")
+    assert len(list(out.glob("checkpoints/*"))) == trained
+    if trained:
+        main("--resume", "--out", out)
+        assert (out / "results.json").exists()
+
+
+def head(lines, command):
+    """`command | head -n lines` -> the command's exit code and stderr."""
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                             env=os.environ | {"OMP_NUM_THREADS": "1"})
+    for _ in range(lines):
+        child.stdout.readline()
+    child.stdout.close()
+    said = child.stderr.read()
+    return child.wait(timeout=120), said
+
+
+def test_a_reader_of_stdout_that_leaves_is_as_a_signal(tmp_path):
+    """While it trains: a checkpoint, then 141, which is what shells give to SIGPIPE."""
+    command = [sys.executable, ROOT / "train.py", *RUN, "--epochs", "4000", "--save-every", "10000",
+               "--log-every", "1", "--out", tmp_path]
+    code, said = head(6, command)
+    (file,) = (tmp_path / "checkpoints").iterdir()
+    step = int(file.stem.removeprefix("step-"))
+    assert code == 141 and said == f"stopped after step {step}: --resume --out {tmp_path} goes on from here\n"
+    with safe_open(file, "pt") as f:
+        assert len(f.get_tensor("history.gates")) == step
+
+
+@pytest.mark.parametrize("python", [[], ["-u"]])
+@pytest.mark.parametrize("args", [["--dry-run"], ["--eval-only", "toy", "--eval-limit", "4"],
+                                  ["--limit", "8", "--epochs", "1"]])
+def test_a_reader_that_leaves_before_or_after_the_training_ends_a_program_in_one_line(args, python, tmp_path):
+    code, said = head(0, [sys.executable, *python, ROOT / "train.py", "--device", "cpu", *args,
+                          "--out", tmp_path / "run"])
+    assert code == 141 and said.count("\n") == 1 and said.startswith("stopped")
