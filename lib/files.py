@@ -20,6 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from lib.read import read_json
+
 # what belongs to a tokenizer or to generation, and travels with an export
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
               "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
@@ -74,7 +76,7 @@ def weight_files(directory):
     index = directory / "model.safetensors.index.json"
     files = [directory / "model.safetensors"]
     if index.is_file() and not files[0].is_file():
-        files = sorted({directory / f for f in json.loads(index.read_text())["weight_map"].values()})
+        files = sorted({directory / f for f in read_json(index)["weight_map"].values()})
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing: only safetensors are read (no .bin, no pickle)")
