@@ -17,7 +17,7 @@ from typing import Callable, NamedTuple
 import torch
 
 from lib.files import download, hub_files
-from lib.read import one_line, read_rows
+from lib.read import read_rows
 from lib.sandbox import execute_in_parallel, execute_pairs, sql_tokens, unfence     # noqa: F401
 from lib.tokenizer import MAX_CHARS, Tokenizer                                      # noqa: F401
 from model import Packed, on_device
@@ -41,7 +41,7 @@ def check_row(where, row, fields):
         for key in path.split("."):
             value = value.get(key, MISSING) if isinstance(value, dict) else MISSING
         if value is MISSING and not KINDS[kind](MISSING):
-            found = one_line(", ".join(row)) if isinstance(row, dict) else f"a {type(row).__name__}"
+            found = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
             needed = ", ".join(f for f, k in fields.items() if not KINDS[k](MISSING))
             raise ValueError(f"{where}: field {path} is missing; needed are {needed}; found: {found}")
         if not KINDS[kind](value):

@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lib.config import parse_config, peft_names
 from lib.files import copy_companions, find_checkpoint, finite, save_safely, weight_files
-from lib.read import naming, read_json
+from lib.read import naming, one_line, read_json
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LOGIT_ROWS = 2048       # rows of logits in one piece of the loss: 2048 x 262k (Gemma) in fp32 is 2 GiB
@@ -613,7 +613,7 @@ def main(argv):
         ids = encode_prompt(tokenizer, prompt)
         new = model.generate([ids], 100, tokenizer.eos_ids, temperature)[0]
     except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+        sys.exit(f"error: {one_line(e)}")
     print(prompt + tokenizer.decode(new))
 
 if __name__ == "__main__":

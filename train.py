@@ -35,6 +35,7 @@ from lib.files import (Checkpoints, clear_run, digest, empty, find_checkpoint, o
 from lib.report import (count_parameters, escape_unprintable, log_line, peak_memory, print_bytes,
                         print_summary, provenance, refuse_other_columns, report, sample, share_changed,
                         stop_if_not_finite, stop_if_not_routed, warn_of_guessing)
+from lib.read import one_line
 from model import Transformer, add_experts, fold, molf_layers, read_config, unfold
 from molf import ROUTES, SCORES, MoLFAdamW, param_groups
 
@@ -359,7 +360,7 @@ def main(argv=None):
         model = Transformer.from_pretrained(source, getattr(torch, a.dtype), a.device)
         out.mkdir(parents=True, exist_ok=True)          # if it can't be written to, know it now
     except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+        sys.exit(f"error: {one_line(e)}")
     try:
         with only_one(out):
             refuse_to_replace(out, a)       # again: another process may have finished while this one loaded
@@ -370,7 +371,7 @@ def main(argv=None):
         sys.exit(f"error: {e}. The model is in {out / 'last-good'}; the last checkpoint: "
                  f"{saved[-1] if saved else 'none'}")
     except OSError as e:
-        sys.exit(f"error: {e}")
+        sys.exit(f"error: {one_line(e)}")
 
 def dry_run(config, rows, a):
     with torch.device("meta"):

@@ -12,7 +12,7 @@ import shutil
 import signal
 import time
 import urllib.request
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lib.read import read_json
+from lib.read import naming, read_json, tensor_names
 
 # what belongs to a tokenizer or to generation, and travels with an export
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
@@ -76,10 +76,15 @@ def weight_files(directory):
     index = directory / "model.safetensors.index.json"
     files = [directory / "model.safetensors"]
     if index.is_file() and not files[0].is_file():
-        files = sorted({directory / f for f in read_json(index)["weight_map"].values()})
+        content = read_json(index)
+        with naming(index):
+            files = sorted({directory / f for f in content["weight_map"].values()})
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing: only safetensors are read (no .bin, no pickle)")
+    names = Counter(name for file in files for name in tensor_names(file))
+    if names and max(names.values()) > 1:
+        raise ValueError(f"{directory}: the tensor {max(names, key=names.get)} stands in two files")
     return files
 
 def finite(name, tensor):

@@ -26,9 +26,9 @@ def naming(where):
         why = f"no {e}" if isinstance(e, KeyError) else str(e) or type(e).__name__
         raise ValueError(f"{where}: {one_line(why)}") from e
 
-def one_line(text):
-    """The text as one line of at most 1,000 characters."""
-    text = " ".join(text.split())
+def one_line(message):
+    """A text or an error as one line of at most 1,000 characters."""
+    text = " ".join(str(message).split())
     return text if len(text) <= 1000 else text[:1000] + " ..."
 
 def only_once(pairs):
@@ -59,6 +59,16 @@ def read_json(path):
         if not isinstance(value, dict):
             raise ValueError(f"no JSON object, but a {type(value).__name__}")
     return value
+
+def tensor_names(path):
+    """-> the names in the header of a safetensors file. ValueError if it is no JSON object, or has a name twice.
+    (The library looks at all else in the file, but takes the last of two tensors with one name.)"""
+    with naming(f"{path} is not a whole safetensors file"):
+        with open(path, "rb") as f:
+            n = int.from_bytes(f.read(8), "little")
+            if n > min(MAX_JSON, path.stat().st_size):
+                raise ValueError(f"its header would have {n:,} bytes")
+            return parse_json(f.read(n)).keys() - {"__metadata__"}
 
 # ----------------------------------------------------------------------------------------------------------
 # rows

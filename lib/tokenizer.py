@@ -75,7 +75,7 @@ def find_eos(configs, ids):
     first = next(e for e in given if e not in (None, []))
     tokens = first if isinstance(first, list) else [first["content"] if isinstance(first, dict) else first]
     found = [ids.get(e, e) for e in tokens]
-    if not set(found) <= set(ids.values()):
+    if not all(type(i) is int for i in found) or not set(found) <= set(ids.values()):
         raise ValueError(f"no end-of-sequence token {found}: give eos_token_id in generation_config.json")
     return found
 
