@@ -8,26 +8,23 @@
 
 A new task is one more entry in TASKS, at the end.
 """
-import gzip
-import json
 import math
 import random
-import zlib
 from collections import Counter
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
 
 from lib.files import download, hub_files
+from lib.read import read_rows
 from lib.sandbox import execute_in_parallel, execute_pairs, sql_tokens, unfence     # noqa: F401
 from lib.tokenizer import MAX_CHARS, Tokenizer                                      # noqa: F401
 from model import Packed, on_device
 from toy.world import toy_facts, toy_med, toy_sql, toy_world
 
 # ----------------------------------------------------------------------------------------------------------
-# rows: from a local file, the data set's official source, or the toy world
+# rows: from a local file (lib/read.py), the data set's official source, or the toy world
 
 MISSING = object()
 KINDS = {       # what a field may be, see Task.fields
@@ -36,33 +33,6 @@ KINDS = {       # what a field may be, see Task.fields
     "string, null or absent": lambda x: x is None or x is MISSING or isinstance(x, str),
     "whole number or null": lambda x: x is None or type(x) is int or type(x) is float and x.is_integer(),
     "list of strings": lambda x: isinstance(x, list) and all(isinstance(s, str) for s in x)}
-
-def read_rows(path):
-    """Rows of a .json (a list, or lines), .jsonl, .jsonl.gz or .parquet file -> [(where, row)]. `where` is
-    "FILE line N", or "FILE row N" in a parquet and a JSON list, which have no lines."""
-    where = str(path)
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    if not path.name.removesuffix(".gz").endswith((".json", ".jsonl", ".parquet")):
-        raise ValueError(f"{path}: rows are read from .json, .jsonl (both also .gz) and .parquet files")
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
-            rows = pyarrow.parquet.read_table(path).to_pylist()
-            return [(f"{path} row {i}", row) for i, row in enumerate(rows, 1)]
-        raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
-        if text.lstrip().startswith("["):
-            return [(f"{path} row {i}", row) for i, row in enumerate(json.loads(text), 1)]
-        found = []
-        for i, line in enumerate(text.split("\n"), 1):
-            where = f"{path} line {i}"
-            if line.strip():
-                found.append((where, json.loads(line)))
-        return found
-    except (ValueError, TypeError, OSError, EOFError, zlib.error) as e:
-        raise ValueError(f"{where} cannot be read: {e}") from e
 
 def check_row(where, row, fields):
     """ValueError, with file, line and field, unless each field (a dotted path) is of its kind (see KINDS)."""
@@ -113,6 +83,10 @@ class Question(NamedTuple):
     prompt: list        # token ids, with BOS
     examples: list      # Example of each prompt and answer that the task scores, see Task.queries
 
+    def longest(self):
+        """Tokens of the longest sequence that a model has to read."""
+        return max([len(self.prompt)] + [len(e.ids) for e in self.examples])
+
 class Scored(NamedTuple):
     logprobs: list      # log-probability of each target token (the last is the EOS)
     first: int          # the first target token
@@ -143,38 +117,47 @@ class Rows(NamedTuple):
     questions: list         # [Question] to evaluate on before and after
     skipped: Counter        # {which: how many rows}
 
-def encodable(what, numbered, make, skipped):
-    """{i: row} -> [make(i, row)]. Rows that the tokenizer cannot encode are counted in `skipped`."""
+def too_long(what, a):
+    return f"{what} rows longer than --max-length {a.max_length} tokens"
+
+def fitting(what, numbered, make, length, a, skipped):
+    """{i: row} -> [make(i, row)]. Rows that the tokenizer cannot encode, and those whose length(made) is above
+    --max-length tokens, are counted in `skipped`."""
     made = []
-    why = f"{what} rows that the tokenizer cannot encode"
+    unknown = f"{what} rows that the tokenizer cannot encode"
     for i, row in numbered.items():
         try:
-            made.append(make(i, row))
+            new = make(i, row)
         except ValueError as e:         # SmolLM2's vocabulary, for one, lacks some bytes
-            if why not in skipped:
+            if unknown not in skipped:
                 print(f"{what} row {i} is skipped: {e}")
-            skipped[why] += 1
+            skipped[unknown] += 1
+            continue
+        if length(new) > a.max_length:
+            skipped[too_long(what, a)] += 1
+        else:
+            made.append(new)
     return made
 
 def read_training(a, tokenizer, skipped):
     """-> examples, held_out of Rows."""
     task = TASKS[a.task]
     example = lambda i, row: encode(tokenizer, *task.pair(row), row=i)
+    size = lambda example: len(example.ids)
     both = lambda i, row: (example(i, row), ask(tokenizer, task, row, i))
+    larger = lambda pair: max(size(pair[0]), pair[1].longest())
     rows, unusable = load_rows(a.task, "train", a.data, a.limit)
     skipped["training rows without an answer"] = unusable
     if not rows:
         raise ValueError(f"{a.data}: no row has an answer")
     n = max(1, min(128, len(rows) // 10)) if a.eval_every else 0
     picked = {i: rows[i] for i in random.Random(f"held out {a.seed}").sample(range(len(rows)), n)}
-    held_out = encodable("held-out", picked, both, skipped)
+    held_out = fitting("held-out", picked, both, larger, a, skipped)
     kept = {i: row for i, row in enumerate(rows) if task.tests_training_rows or i not in picked}
-    every = encodable("training", kept, example, skipped)
-    examples = [e for e in every if len(e.ids) <= a.max_length]
-    skipped[f"training rows longer than --max-length {a.max_length} tokens"] = len(every) - len(examples)
+    examples = fitting("training", kept, example, size, a, skipped)
     if not examples:
         raise ValueError(f"no training row is left of {len(rows)}: {len(held_out)} are held out, "
-                         f"{len(every)} longer than --max-length {a.max_length}")
+                         f"{skipped[too_long('training', a)]} longer than --max-length {a.max_length}")
     return examples, held_out
 
 def read_data(a, tokenizer):
@@ -186,12 +169,13 @@ def read_data(a, tokenizer):
     limit = a.limit if task.tests_training_rows and a.eval_data == a.data else None
     rows, unusable = load_rows(a.task, "test", a.eval_data, limit)
     skipped["evaluation rows without an answer"] = unusable
-    questions = encodable("evaluation", dict(enumerate(rows[:a.eval_limit])), question, skipped)
-    if not questions:
-        raise ValueError(f"{a.eval_data}: no row is left to evaluate on")
+    asked = dict(enumerate(rows[:a.eval_limit]))
+    questions = fitting("evaluation", asked, question, Question.longest, a, skipped)
     skipped = Counter({what: n for what, n in skipped.items() if n})
     for what, n in skipped.items():
         print(f"skipped {n} {what}")
+    if not questions:
+        raise ValueError(f"{a.eval_data}: no row is left to evaluate on")
     return Rows(examples, held_out, questions, skipped)
 
 # ----------------------------------------------------------------------------------------------------------

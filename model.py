@@ -37,6 +37,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lib.config import parse_config, peft_names
 from lib.files import copy_companions, find_checkpoint, finite, save_safely, weight_files
+from lib.read import naming, one_line, read_json
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LOGIT_ROWS = 2048       # rows of logits in one piece of the loss: 2048 x 262k (Gemma) in fp32 is 2 GiB
@@ -557,10 +558,9 @@ def read_config(directory):
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: a checkpoint has config.json and *.safetensors")
-    try:
-        return Config.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, AttributeError, KeyError, ArithmeticError) as e:
-        raise ValueError(f"{path}: {e}") from e
+    raw = read_json(path)
+    with naming(path):
+        return Config.from_dict(raw)
 
 def load_weights(model, directory, dtype, device):
     """Fill a model on the meta device from safetensors; every tensor is accounted for. Of a multimodal
@@ -613,7 +613,7 @@ def main(argv):
         ids = encode_prompt(tokenizer, prompt)
         new = model.generate([ids], 100, tokenizer.eos_ids, temperature)[0]
     except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+        sys.exit(f"error: {one_line(e)}")
     print(prompt + tokenizer.decode(new))
 
 if __name__ == "__main__":

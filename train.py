@@ -53,7 +53,7 @@ EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 OF_THIS_CALL = "out", "overwrite", "resume", "dry_run"                      # not a part of what the run is
 # --resume may change these
 MAY_CHANGE = OF_THIS_CALL + ("log_every", "save_every", "keep", "device", "eager", "max_tokens")
-EVALUATION_FLAGS = "task", "data", "eval_data", "limit", "eval_limit", "dtype", "max_tokens"
+EVALUATION_FLAGS = "task", "data", "eval_data", "limit", "eval_limit", "dtype", "max_tokens", "max_length"
 
 def make_parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -87,7 +87,7 @@ def make_parser():
     add("--epochs", type=int, help="(default: 2; on the toy fact 10, med and sql 4)")
     add("--batch-size", type=int, default=32, help="sequences of an optimizer step (default: 32)")
     add("--max-tokens", type=int, default=16384, help="tokens of a micro-batch, for memory (default: 16384)")
-    add("--max-length", type=int, default=1024, help="longer training sequences are skipped (default: 1024)")
+    add("--max-length", type=int, default=1024, help="rows with more tokens are skipped (default: 1024)")
     add("--checkpointing", action="store_true", help="recompute activations in backward: less memory")
     add("--limit", type=int, help="use only the first N training rows")
     add("--eval-limit", type=int, help="evaluate on the first N rows only")

@@ -14,13 +14,15 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from lib.read import naming, read_json, tensor_names
 
 # what belongs to a tokenizer or to generation, and travels with an export
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
@@ -86,13 +88,12 @@ def find_checkpoint(path_or_repo):
 
 def shards(index):
     """The names of files in model.safetensors.index.json, or ValueError if they are none of its directory."""
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    content = read_json(index)
+    with naming(index):
+        names = set(content["weight_map"].values())
         odd = [name for name in names if name in ("", "..") or Path(name).name != name]
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise ValueError(f"{index} has no weight_map from tensors to files ({type(e).__name__}: {e})") from e
-    if odd:
-        raise ValueError(f"{index} names {odd[0]!r}, which is no file beside it")
+        if odd:
+            raise ValueError(f"weight_map names {odd[0]!r}, which is no file beside it")
     return names
 
 def weight_files(directory):
@@ -104,6 +105,9 @@ def weight_files(directory):
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing: only safetensors are read (no .bin, no pickle)")
+    names = Counter(name for file in files for name in tensor_names(file))
+    if names and max(names.values()) > 1:
+        raise ValueError(f"{directory}: the tensor {max(names, key=names.get)} stands in two files")
     return files
 
 def finite(name, tensor):

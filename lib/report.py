@@ -20,6 +20,7 @@ import torch
 from data import TASKS, batch_of
 from lib.evaluate import flat
 from lib.files import locked, read_record, save_safely
+from lib.read import one_line
 from model import LOGIT_ROWS, molf_layers
 from molf import param_groups
 
@@ -137,7 +138,7 @@ def stop(error, more=""):
     """End with exit code 1 and one line. A broken pipe is left to quiet_ends."""
     if isinstance(error, BrokenPipeError):
         raise error
-    sys.exit(f"error: {error}{more}")
+    sys.exit(f"error: {one_line(error)}{more}")
 
 def log_line(r, total):
     """The record of a step as a line to read."""

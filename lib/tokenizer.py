@@ -8,11 +8,13 @@ import gc
 import json
 import re
 import unicodedata
-from functools import cache, partial
+from functools import cache
 from itertools import chain, groupby, pairwise
 from pathlib import Path
 
 import tiktoken
+
+from lib.read import naming, read_json
 
 MAX_CHARS = 500_000     # tiktoken's regex engine panics at a million spaces, and a panic is not an Exception
 
@@ -57,6 +59,14 @@ def split_regex(norm, pre, model):
                      f"pre_tokenizer {' + '.join(s['type'] for s in steps)} is not supported: Gemma-3's is, "
                      f"and byte-level BPE as in Qwen, SmolLM2, GPT-2. Found {json.dumps([norm, pre])[:500]}")
 
+def normalize(text):
+    """NFC. Python sorts a run of combining marks in quadratic time: a long text may have none above 1,000."""
+    if len(text) > 10_000:
+        runs = groupby(text, lambda c: unicodedata.combining(c) > 0)
+        if any(marks and sum(1 for _ in run) > 1000 for marks, run in runs):
+            raise ValueError("more than 1,000 combining marks in a row")
+    return unicodedata.normalize("NFC", text)
+
 def find_eos(configs, ids):
     """The ids that end a generation: from generation_config, config or tokenizer_config (.json), whichever
     names one first, else the usual token. ids: token -> id"""
@@ -65,9 +75,23 @@ def find_eos(configs, ids):
     first = next(e for e in given if e not in (None, []))
     tokens = first if isinstance(first, list) else [first["content"] if isinstance(first, dict) else first]
     found = [ids.get(e, e) for e in tokens]
-    if not set(found) <= set(ids.values()):
+    if not all(type(i) is int for i in found) or not set(found) <= set(ids.values()):
         raise ValueError(f"no end-of-sequence token {found}: give eos_token_id in generation_config.json")
     return found
+
+def check_ids(vocab, added):
+    """-> {token: id} of a vocabulary and the added tokens. ValueError if two have one id, or one has two."""
+    ids = vocab | {a["content"]: a["id"] for a in added}
+    for token, i in ids.items():
+        if not token or type(i) is not int or not 0 <= i < 2 ** 31:
+            raise ValueError(f"token {token!r} has the id {i!r}, which is not a whole number from 0")
+        if vocab.get(token, i) != i:
+            raise ValueError(f"token {token!r} has two ids, {vocab[token]} and {i}")
+    if len(set(ids.values())) < len(ids):
+        tokens = sorted(ids, key=ids.get)
+        pair = next(pair for pair in pairwise(tokens) if ids[pair[0]] == ids[pair[1]])
+        raise ValueError(f"tokens {pair[0]!r} and {pair[1]!r} have one id, {ids[pair[0]]}")
+    return ids
 
 def gemma_tables(vocab, made):
     """vocab: token -> id; made: tokens that merges make. -> (id -> bytes, bytes -> ids of what merges start
@@ -119,10 +143,9 @@ class Tokenizer:
         gc.disable()    # Gemma's file makes half a million lists, which the collector would visit repeatedly
         try:
             for file in map(path.with_name, names):
-                read.append(json.loads(file.read_bytes()) if file == path or file.exists() else {})
-            return cls(read.pop(), read)
-        except (ValueError, TypeError, AttributeError, KeyError) as e:
-            raise ValueError(f"{file}: {f'no {e}' if isinstance(e, KeyError) else e}") from e
+                read.append(read_json(file) if file == path or file.exists() else {})
+            with naming(path):
+                return cls(read.pop(), read)
         finally:
             if collecting:
                 gc.enable()
@@ -132,9 +155,9 @@ class Tokenizer:
         regex = split_regex(spec["normalizer"], spec["pre_tokenizer"], model)
         gemma = regex is None
         # `tokenizers` has the tables of Unicode 9, and leaves about a hundred newer combining marks alone.
-        nfc = partial(unicodedata.normalize, "NFC") if spec["normalizer"] else str
+        nfc = normalize if spec["normalizer"] else str
         self.normalize = (lambda text: text.replace("▁", " ")) if gemma else nfc
-        ids = vocab | {a["content"]: a["id"] for a in added}
+        ids = check_ids(vocab, added)
         self.bos_id = ids["<bos>"] if gemma else None
         self.eos_ids = find_eos(configs, ids)
         self.eos_id = self.eos_ids[0]
@@ -190,7 +213,9 @@ class Tokenizer:
             if part in self.added:
                 ids.append(self.added[part])
             else:
-                ids += chain.from_iterable(map(self.ids_of, self.bpe.encode_ordinary(self.normalize(part))))
+                with naming("tiktoken cannot encode it"):       # a regex may be too much for it
+                    ranks = self.bpe.encode_ordinary(self.normalize(part))
+                ids += chain.from_iterable(map(self.ids_of, ranks))
         return ids
 
     def decode(self, ids):

@@ -365,7 +365,7 @@ def test_broken_files_are_named(tmp_path):
     spec = qwen_spec()
     load(tmp_path, spec)
     path = tmp_path / "tokenizer.json"
-    for content, words in ((path.read_bytes()[:1000], "line 1 column"), (b"[]", "list indices"),
+    for content, words in ((path.read_bytes()[:1000], "line 1 column"), (b"[]", "no JSON object, but a list"),
                            (b"{}", "no 'model'"), (b"\xff\xfe{", "can't decode byte")):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=words) as error:

@@ -1,0 +1,141 @@
+"""Reads what others have written: the JSON files of a model, and rows. Whatever such a file holds, it is read,
+or refused by one line that names it.
+
+The size of a file is bounded, and with it the memory: a JSON file of a model by MAX_JSON, and a file of rows,
+unpacked, by MAX_ROWS. As Python objects text takes little more room than that, and the worst JSON (empty
+objects) 25 times as much.
+"""
+import codecs
+import gzip
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+MAX_JSON = 2 ** 27      # bytes. Gemma-3's tokenizer.json has 33 million
+MAX_ROWS = 2 ** 30      # bytes. MedMCQA's training rows have 140 million
+MAX_DEPTH = 100         # Python writes some 900 nested lists at most, and fewer deep inside a program
+
+@contextmanager
+def naming(where):
+    """What goes wrong inside becomes a ValueError of one line, which begins with `where`."""
+    try:
+        yield
+    except (FileNotFoundError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:      # parsers raise dozens of classes; tiktoken's PanicException is no Exception
+        why = f"no {e}" if isinstance(e, KeyError) else str(e) or type(e).__name__
+        raise ValueError(f"{where}: {one_line(why)}") from e
+
+def one_line(message):
+    """A text or an error as one line of at most 1,000 characters."""
+    text = " ".join(str(message).split())
+    return text if len(text) <= 1000 else text[:1000] + " ..."
+
+def only_once(pairs):
+    """The (key, value) pairs of a JSON object -> dict. ValueError if a key stands twice: which one counts?"""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} stands twice in an object")
+    return found
+
+def parse_json(text):
+    """JSON -> what it says. ValueError if it nests deeper than MAX_DEPTH, or as only_once has it."""
+    value = json.loads(text, object_pairs_hook=only_once)
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        containers = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, (dict, list))]
+        level = [inner for container in containers for inner in container]
+    if level:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep")
+    return value
+
+def read_json(path):
+    """A JSON file of a model, which holds an object -> dict"""
+    with naming(path):
+        if path.stat().st_size > MAX_JSON:
+            raise ValueError(f"larger than {MAX_JSON:,} bytes, which no JSON file of a model is")
+        value = parse_json(path.read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError(f"no JSON object, but a {type(value).__name__}")
+    return value
+
+def tensor_names(path):
+    """-> the names in the header of a safetensors file. ValueError if it is no JSON object, or has a name twice.
+    (The library looks at all else in the file, but takes the last of two tensors with one name.)"""
+    with naming(f"{path} is not a whole safetensors file"):
+        with open(path, "rb") as f:
+            n = int.from_bytes(f.read(8), "little")
+            if n > min(MAX_JSON, path.stat().st_size):
+                raise ValueError(f"its header would have {n:,} bytes")
+            return parse_json(f.read(n)).keys() - {"__metadata__"}
+
+# ----------------------------------------------------------------------------------------------------------
+# rows
+
+def read_rows(path):
+    """Rows of a .json (a list, or lines), .jsonl, .jsonl.gz or .parquet file -> [(where, row)]. `where` is
+    "FILE line N", or "FILE row N" in a parquet and a JSON list, which have no lines."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    if not path.name.removesuffix(".gz").endswith((".json", ".jsonl", ".parquet")):
+        raise ValueError(f"{path}: rows are read from .json, .jsonl (both also .gz) and .parquet files")
+    failure = f"{path} cannot be read"
+    if path.suffix == ".parquet":
+        with naming(failure):
+            rows = read_parquet(path)
+    else:
+        with naming(failure):
+            text = read_bounded(path)
+        if not text.lstrip().startswith(b"["):
+            return read_lines(path, text)
+        with naming(failure):
+            rows = parse_json(text.decode())
+    return [(f"{path} row {i}", row) for i, row in enumerate(rows, 1)]
+
+def read_lines(path, text):
+    rows = []
+    for i, line in enumerate(text.split(b"\n"), 1):
+        if line.strip():
+            with naming(f"{path} line {i} cannot be read"):
+                rows.append((f"{path} line {i}", parse_json(line.decode())))
+    return rows
+
+def check_unpacked(n):
+    if n > MAX_ROWS:
+        raise ValueError(f"more than {MAX_ROWS:,} bytes unpacked: split it, or give fewer rows")
+
+def read_bounded(path):
+    """-> the bytes of a text file, unpacked if it is a .gz, without a byte order mark"""
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as f:
+        text = f.read(MAX_ROWS + 1)
+    check_unpacked(len(text))
+    return text.removeprefix(codecs.BOM_UTF8)
+
+def read_parquet(path):
+    """-> rows, as dicts. The file's own numbers are checked first. A few bytes may still stand for many rows
+    of one long text, so the rows are read some at a time and counted."""
+    import pyarrow.parquet          # only those who read parquet need it
+    file = pyarrow.parquet.ParquetFile(path)
+    about = file.metadata
+    columns = [about.row_group(i).column(j) for i in range(about.num_row_groups)
+               for j in range(about.num_columns)]
+    check_unpacked(8 * about.num_rows + sum(c.total_uncompressed_size + 8 * c.num_values for c in columns))
+    longest = max((c.total_uncompressed_size for c in columns), default=1)      # no text is longer
+    rows = []
+    n = 0
+    for batch in file.iter_batches(batch_size=min(1000, 1 + MAX_ROWS // max(1, longest))):
+        new = batch.to_pylist()
+        n += unpacked_size(new)
+        check_unpacked(n)
+        rows += new
+    return rows
+
+def unpacked_size(value):
+    """About the bytes that a value of a row takes."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return 8 * len(value) + sum(map(unpacked_size, value))
+    return len(value) if isinstance(value, (str, bytes)) else 0
