@@ -36,7 +36,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from lib.config import parse_config, peft_names
-from lib.files import copy_companions, find_checkpoint, finite, save_safely, weight_files
+from lib.files import copy_companions, find_checkpoint, refuse_infinite, save_safely, weight_files
 from lib.read import naming, one_line, read_json
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -577,13 +577,17 @@ def load_weights(model, directory, dtype, device):
                     if name == "lm_head.weight" and model.config.tie_word_embeddings:
                         head = f.get_tensor(key)        # must be a copy of the embedding
                         continue
-                    shape = f.get_slice(key).get_shape()
+                    stored = f.get_slice(key)
+                    shape = stored.get_shape()
                     if name not in want:
                         unexpected.append(name)
                     elif shape != list(want[name].shape):
                         wrong.append(f"{name} is {shape}, not {list(want[name].shape)}")
+                    elif stored.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                        raise ValueError(f"{name} is stored as {stored.get_dtype()}: quantised weights are "
+                                         f"not supported")
                     else:
-                        got[name] = nn.Parameter(finite(name, f.get_tensor(key)).to(dtype))
+                        got[name] = nn.Parameter(f.get_tensor(key).to(dtype))
         except SafetensorError as e:
             raise ValueError(f"{file} is not a whole safetensors file ({e}): get it again") from e
     missing = [name for name in want if name not in got]
@@ -592,6 +596,7 @@ def load_weights(model, directory, dtype, device):
         if names:
             raise ValueError(f"{directory}: {len(names)} {what}: {', '.join(names[:5])}; do config.json and "
                              f"the weights belong together?")
+    refuse_infinite(got)
     if head is not None and not torch.equal(head.to(dtype), got["model.embed_tokens.weight"]):
         raise ValueError(f"{directory}: lm_head.weight differs from the embedding, although tied; "
                          f"to use it, set tie_word_embeddings to false there")

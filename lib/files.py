@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import http.client
 import json
+import math
 import os
 import re
 import shutil
@@ -110,14 +111,13 @@ def weight_files(directory):
         raise ValueError(f"{directory}: the tensor {max(names, key=names.get)} stands in two files")
     return files
 
-def finite(name, tensor):
-    """The tensor, or ValueError if it is not stored as finite numbers of a floating point type."""
-    if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"{name} is stored as {tensor.dtype}: quantised weights are not supported")
+def refuse_infinite(tensors):
+    """{name: tensor}: ValueError if one holds NaN or infinite numbers. One sync for all of them."""
     # A sum is twenty times as fast as isfinite() on a CPU, but it may overflow where no number is infinite.
-    if not tensor.sum().isfinite() and not tensor.isfinite().all():
-        raise ValueError(f"{name} holds NaN or infinite numbers")
-    return tensor
+    sums = torch.stack([t.detach().sum(dtype=torch.float32) for t in tensors.values()])
+    for name, total in zip(tensors, sums.tolist()):
+        if not math.isfinite(total) and not tensors[name].isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinite numbers")
 
 def copy_companions(source, directory):
     """Copy what travels with a model beside its weights."""
