@@ -151,8 +151,8 @@ def flags_of_the_evaluated(p, a, argv):
     if flags and not (folder / "model").is_dir():
         p.error(f"--eval-only {a.eval_only}: a run that did not finish, it has no model/")
     if not flags and (folder / "model" / "config.json").is_file():
-        p.error(f"--eval-only {a.eval_only}: {folder / 'config.json'} is damaged or missing, so its flags are "
-                f"not known: give {folder / 'model'}, --task and what else it ran with")
+        p.error(f"--eval-only {a.eval_only}: {folder / 'config.json'} is damaged or missing, so its "
+                f"flags are not known: give {folder / 'model'}, --task and what else it ran with")
     if folder.name == "model":
         flags = flags or run_flags(folder.parent)
     p.set_defaults(**{k: flags[k] for k in EVALUATION_FLAGS if k in flags})
@@ -350,7 +350,8 @@ def main(argv=None):
         escape_unprintable()
         torch.set_flush_denormal(True)      # second moments reach 1e-40, where a CPU is several times slower
         if a.device.startswith("cuda"):
-            torch.cuda.set_device(torch.device(a.device).index or 0)    # a CUDA graph captures the current one
+            # a CUDA graph captures the current device
+            torch.cuda.set_device(torch.device(a.device).index or 0)
         load_and_run(a, Path(a.out))
 
 def load_and_run(a, out):

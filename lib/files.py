@@ -182,7 +182,7 @@ def read_record(path):
     return record
 
 def run_flags(folder):
-    """The flags of the run in `folder`; {} if it is none, or damaged. (A model's config.json has no flags.)"""
+    """The flags of the run in `folder`; {} if it is none or damaged. (A model's config.json has none.)"""
     try:
         flags = read_record(Path(folder, "config.json")).get("flags")
     except OSError:

@@ -1,5 +1,6 @@
 """Safe writes, a hub of our own, the lock of a run's directory, and checkpoints that lose nothing."""
 import argparse
+import fcntl
 import hashlib
 import http.server
 import json
@@ -24,7 +25,7 @@ from torch import nn
 import data
 import molf
 import train
-from lib.files import (Checkpoints, download, find_checkpoint, hub_files, last_checkpoint, log_until,
+from lib.files import (Checkpoints, download, find_checkpoint, hub_files, last_checkpoint, locked, log_until,
                        only_one, read_record, refuse_infinite, run_flags, save_record, save_safely,
                        weight_files)
 from model import Transformer, add_experts
@@ -116,7 +117,8 @@ def test_an_index_without_names_of_files_is_refused_by_name(content, tmp_path):
         weight_files(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "a/../../x", "sub/x.safetensors", "..", ""])
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "a/../../x", "sub/x.safetensors", "..",
+                                  ""])
 def test_an_index_that_leads_out_of_its_directory_is_refused_by_name(name, tmp_path):
     (tmp_path / "m" / "sub").mkdir(parents=True)
     for path in (tmp_path / "x.safetensors", tmp_path / "m" / "sub" / "x.safetensors"):
@@ -127,7 +129,8 @@ def test_an_index_that_leads_out_of_its_directory_is_refused_by_name(name, tmp_p
         weight_files(tmp_path / "m")
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "generation_config.json", "config.json"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "generation_config.json",
+                                  "config.json"])
 @pytest.mark.parametrize("make", [
     os.mkfifo, lambda path: path.mkdir(), lambda path: path.symlink_to("nowhere"),
     lambda path: path.symlink_to("/dev/zero")], ids=["fifo", "directory", "dangling", "device"])
@@ -392,6 +395,27 @@ def test_the_lock_is_given_back_when_its_holder_fails(tmp_path):
         1 / 0
     with only_one(tmp_path):
         pass
+
+
+def test_a_lock_holds_for_a_file_that_was_replaced_while_one_waited(tmp_path):
+    """A waiter gets the old file's lock. It must not go to work beside the holder of the new one."""
+    path, entered = tmp_path / "table", threading.Event()
+
+    def wait_and_enter():
+        with locked(path):
+            entered.set()
+    with locked(path):
+        waiter = threading.Thread(target=wait_and_enter)
+        waiter.start()
+        (tmp_path / "new").write_text("")
+        holder = open(tmp_path / "new")
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        time.sleep(0.5)                                 # the waiter has opened the old file
+        (tmp_path / "new").rename(path)
+    assert not entered.wait(1)
+    holder.close()
+    assert entered.wait(60)
+    waiter.join()
 
 
 # -------------------------------------------------- checkpoints, of a small model with a hand-made optimizer
