@@ -121,8 +121,8 @@ def too_long(what, a):
     return f"{what} rows longer than --max-length {a.max_length} tokens"
 
 def fitting(what, numbered, make, length, a, skipped):
-    """{i: row} -> [make(i, row)]. Rows that the tokenizer cannot encode, and those whose length(made) is above
-    --max-length tokens, are counted in `skipped`."""
+    """{i: row} -> [make(i, row)]. Rows that the tokenizer cannot encode, and those of a length above
+    --max-length tokens, are counted in `skipped`. length: what make returns -> tokens"""
     made = []
     unknown = f"{what} rows that the tokenizer cannot encode"
     for i, row in numbered.items():

@@ -36,7 +36,8 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from lib.config import parse_config, peft_names
-from lib.files import copy_companions, find_checkpoint, refuse_infinite, save_safely, weight_files
+from lib.files import (copy_companions, find_checkpoint, refuse_infinite, refuse_quantised, save_safely,
+                       weight_files)
 from lib.read import naming, one_line, read_json
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -583,10 +584,8 @@ def load_weights(model, directory, dtype, device):
                         unexpected.append(name)
                     elif shape != list(want[name].shape):
                         wrong.append(f"{name} is {shape}, not {list(want[name].shape)}")
-                    elif stored.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                        raise ValueError(f"{name} is stored as {stored.get_dtype()}: quantised weights are "
-                                         f"not supported")
                     else:
+                        refuse_quantised(name, stored.get_dtype())
                         got[name] = nn.Parameter(f.get_tensor(key).to(dtype))
         except SafetensorError as e:
             raise ValueError(f"{file} is not a whole safetensors file ({e}): get it again") from e

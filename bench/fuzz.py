@@ -3,10 +3,11 @@
     python bench/fuzz.py --n 1000 --seed 0                  # 1,000 of each kind, about 25 minutes on one core
     python bench/fuzz.py --n 50 --kinds config,rows         # fewer, of some kinds
 
-A toy model, rows and an interrupted run are made once. Each input changes something in them: bytes, values and
-keys of JSON, headers of safetensors. Then a child process, forked from this one, runs train.main on it, with
-2 GiB of address space beyond what the parent has and 10 s. An input has failed if its child leaves in another
-way than with exit code 0, with one line that begins with "error: ", or as argparse does. What has failed is kept in --keep.
+A toy model, rows and an interrupted run are made once. Each input changes something in them: bytes, values
+and keys of JSON, headers of safetensors. Then a child process, forked from this one, runs train.main on it,
+with 2 GiB of address space beyond what the parent has and 10 s. An input has failed if its child leaves in
+another way than with exit code 0, with one line that begins with "error: ", or as argparse does. What has
+failed is kept in --keep.
 """
 import argparse
 import gzip
@@ -37,8 +38,8 @@ import train  # noqa: E402
 MEMORY, SECONDS = 2 ** 31, 10
 DEEP, HUGE, TWICE = "@deep@", "@huge@", "@twice@"       # what Python cannot write itself, see text_of
 HOSTILE = [None, True, False, 0, -1, 1, 3, 2 ** 31, 2 ** 63, 10 ** 30, 10 ** 400, 0.5, -1e308, float("nan"),
-           float("inf"), HUGE, DEEP, "", "x", "float16", "\ud800", "\x00\n", "a" * 100_000, [], {}, [[]], [1, "a"],
-           {"a": {"b": None}}, {"": []}, ["full_attention"], list(range(1000))]
+           float("inf"), HUGE, DEEP, "", "x", "float16", "\ud800", "\x00\n", "a" * 100_000, [], {}, [[]],
+           [1, "a"], {"a": {"b": None}}, {"": []}, ["full_attention"], list(range(1000))]
 
 
 # ------------------------------------------------------------------------------------------------- mutations
@@ -47,8 +48,8 @@ def changed_bytes(rng, content):
     content = bytearray(content)
     for _ in range(rng.choice([1, 1, 2, 5, 50])):
         at, n = rng.randrange(len(content) + 1), rng.choice([1, 1, 2, 8, 100])
-        new = rng.choice([rng.randbytes(n), b"", content[at:at + n] * 3, rng.randbytes(n) + content[at:at + n]])
-        content[at:at + n] = new
+        old = content[at:at + n]
+        content[at:at + n] = rng.choice([rng.randbytes(n), b"", old * 3, rng.randbytes(n) + old])
     return bytes(content[:rng.randrange(len(content) + 1)] if rng.random() < 0.1 else content)
 
 
@@ -65,7 +66,8 @@ def changed_json(rng, value):
     elif how == 1:
         new[key], new[other] = new[other], new[key]
     elif how == 2 and isinstance(value, dict):
-        new[rng.choice([key + "x", key + TWICE, other + TWICE])] = new.pop(key) if rng.random() < 0.5 else value[key]
+        moved = new.pop(key) if rng.random() < 0.5 else value[key]
+        new[rng.choice([key + "x", key + TWICE, other + TWICE])] = moved
     elif how == 3:
         new[key] = rng.choice(HOSTILE)
     elif how == 4 and type(value[key]) in (int, float):
@@ -103,7 +105,7 @@ def changed_safetensors(rng, content):
     return struct.pack("<Q", n) + header + tensors
 
 
-# ----------------------------------------------------------------------- kinds: each writes files -> arguments
+# --------------------------------------------------------------------- kinds: each writes files -> arguments
 
 def model_with(folder, name, content):
     """The toy model with one file of another content."""
@@ -153,8 +155,8 @@ def rows(rng, folder, base):
         content = b"\n".join(changed(rng, row) if rng.random() < 0.3 else text_of(row) for row in table)
         content = gzip.compress(content) if path.suffix == ".gz" else content
     path.write_bytes(changed_bytes(rng, content) if rng.random() < 0.3 else content)
-    return ["--task", task, "--data", path, "--eval-data", path, "--ranks", 2, "--epochs", 1, "--eval-every", 1,
-            "--out", folder / "out"]
+    return ["--task", task, "--data", path, "--eval-data", path, "--ranks", 2, "--epochs", 1,
+            "--eval-every", 1, "--out", folder / "out"]
 
 
 def checkpoint(rng, folder, base):
@@ -175,11 +177,11 @@ def checkpoint(rng, folder, base):
 KINDS = {kind.__name__: kind for kind in (config, tokenizer, weights, rows, checkpoint)}
 
 
-# ------------------------------------------------------------------------------------------------ the children
+# ---------------------------------------------------------------------------------------------- the children
 
 def run(args, log):
-    """Run train.main in a child -> how it ended ("refused", "ran", or "failed: WHY"), seconds, and the bytes of
-    memory beyond the parent's. log: a file for what it prints."""
+    """Run train.main in a child -> how it ended ("refused", "ran", or "failed: WHY"), seconds, and the most
+    bytes of memory. log: a file for what it prints."""
     begin = time.perf_counter()
     pid = os.fork()
     if not pid:
@@ -195,7 +197,7 @@ def run(args, log):
 
 
 def child(args, log):
-    """-> 0 if the run came to its end, 1 if it left with one line, 3 after a traceback, 4 in any other case"""
+    """-> 0 if the run came to its end, 1 if it left with one line, 3 after a traceback, 4 in another case"""
     output = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -207,8 +209,9 @@ def child(args, log):
         code = 0
     except SystemExit as e:
         print(e.code)
-        one_line = e.code == 2 or isinstance(e.code, str) and e.code.startswith("error: ") and len(e.code.splitlines()) == 1
-        code = 1 if one_line and "MemoryError" not in str(e.code) else 4
+        text = str(e.code)
+        refused = text.startswith("error: ") and len(text.splitlines()) == 1 and "MemoryError" not in text
+        code = 1 if refused or e.code == 2 else 4
     except BaseException:
         traceback.print_exc(file=sys.stdout)
         code = 3
@@ -230,8 +233,9 @@ def interrupted_run(folder):
     pid = os.fork()
     if not pid:
         train.Checkpoints.leave_if_asked = stop
-        os._exit(child(["--task", "med", "--limit", 8, "--eval-limit", 4, "--ranks", 2, "--epochs", 1, "--keep", 2,
-                        "--batch-size", 2, "--save-every", 1, "--out", folder / "out"], folder / "log"))
+        os._exit(child(["--task", "med", "--limit", 8, "--eval-limit", 4, "--ranks", 2, "--epochs", 1,
+                        "--keep", 2, "--batch-size", 2, "--save-every", 1, "--out", folder / "out"],
+                       folder / "log"))
     assert os.waitpid(pid, 0)[1] == 0, (folder / "log").read_text()
 
 

@@ -58,7 +58,8 @@ def mutants(sql, columns):
             for kind, other in SWAPS.get(token, []):
                 yield kind, before + [other] + after
         if token in ("and", "or") and not between:
-            yield f"dropped {token.upper()}", before + tokens[clause_end(tokens, i + 1, ENDS | {"and", "or"}):]
+            end = clause_end(tokens, i + 1, ENDS | {"and", "or"})
+            yield f"dropped {token.upper()}", before + tokens[end:]
         if token in ("where", "having"):
             yield f"dropped {token.upper()}", before + tokens[clause_end(tokens, i + 1, ENDS):]
             second = clause_end(tokens, i + 1, ENDS | {"and", "or"})

@@ -48,8 +48,8 @@ def parse_config(raw):
     kv_heads = raw.get("num_key_value_heads") or heads
     head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
     if heads % kv_heads or head_dim < 2 or head_dim % 2:
-        raise ValueError(f"{heads} attention heads, {kv_heads} key-value heads of {head_dim} numbers: the heads "
-                         f"must be a multiple of the key-value heads, and the numbers even")
+        raise ValueError(f"{heads} attention heads, {kv_heads} key-value heads of {head_dim} numbers: the "
+                         f"heads must be a multiple of the key-value heads, and the numbers even")
     if types is None and gemma:     # every sixth layer is global
         every = raw.get("_sliding_window_pattern") or raw["sliding_window_pattern"]
         types = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(n)]

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lib.read import naming, read_json, tensor_names
+from lib.read import naming, parse_json, read_json, tensor_names
 
 # what belongs to a tokenizer or to generation, and travels with an export
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
@@ -111,6 +111,11 @@ def weight_files(directory):
         raise ValueError(f"{directory}: the tensor {max(names, key=names.get)} stands in two files")
     return files
 
+def refuse_quantised(name, dtype):
+    """dtype: as safetensors writes it. ValueError unless it is a floating point type to compute in."""
+    if dtype not in ("F64", "F32", "F16", "BF16"):
+        raise ValueError(f"{name} is stored as {dtype}: quantised weights are not supported")
+
 def refuse_infinite(tensors):
     """{name: tensor}: ValueError if one holds NaN or infinite numbers. One sync for all of them."""
     # A sum is twenty times as fast as isfinite() on a CPU, but it may overflow where no number is infinite.
@@ -173,10 +178,11 @@ def read_record(path):
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        noted = record.pop("digest", None)              # a model's config.json has none
-    except (ValueError, TypeError, AttributeError) as e:
-        raise OSError(f"{path} is damaged: {e}") from e
+        with naming(f"{path} is damaged"):
+            record = parse_json(path.read_bytes())
+            noted = record.pop("digest", None)          # a model's config.json has none
+    except ValueError as e:
+        raise OSError(e) from e
     if noted and noted != digest(json.dumps(record)):
         raise OSError(f"{path} is damaged: it is not what was written")
     return record
@@ -196,9 +202,10 @@ def log_until(step, path):
     kept = ""
     for i, line in enumerate(lines, 1):
         try:
-            if json.loads(line)["step"] <= step:
-                kept += line + "\n"
-        except (ValueError, TypeError, KeyError):
+            with naming(path):
+                if parse_json(line)["step"] <= step:
+                    kept += line + "\n"
+        except ValueError:
             if i < len(lines):
                 print(f"{path} line {i} cannot be read and is left out")
     return kept

@@ -1,5 +1,5 @@
-"""Reads what others have written: the JSON files of a model, and rows. Whatever such a file holds, it is read,
-or refused by one line that names it.
+"""Reads what others have written: the JSON files of a model, and rows. Whatever such a file holds, it is
+read, or refused by one line that names it.
 
 The size of a file is bounded, and with it the memory: a JSON file of a model by MAX_JSON, and a file of rows,
 unpacked, by MAX_ROWS. As Python objects text takes little more room than that, and the worst JSON (empty
@@ -22,7 +22,7 @@ def naming(where):
         yield
     except (FileNotFoundError, KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as e:      # parsers raise dozens of classes; tiktoken's PanicException is no Exception
+    except BaseException as e:      # parsers raise dozens; tiktoken's PanicException is no Exception
         why = f"no {e}" if isinstance(e, KeyError) else str(e) or type(e).__name__
         raise ValueError(f"{where}: {one_line(why)}") from e
 
@@ -61,8 +61,8 @@ def read_json(path):
     return value
 
 def tensor_names(path):
-    """-> the names in the header of a safetensors file. ValueError if it is no JSON object, or has a name twice.
-    (The library looks at all else in the file, but takes the last of two tensors with one name.)"""
+    """-> the names in the header of a safetensors file. ValueError if it is no JSON object, or has a name
+    twice. (The library looks at all else in the file, but takes the last of two tensors with one name.)"""
     with naming(f"{path} is not a whole safetensors file"):
         with open(path, "rb") as f:
             n = int.from_bytes(f.read(8), "little")

@@ -178,9 +178,10 @@ def print_results(results, predictions):
     for p in predictions[::step][:3]:
         print(sample(p))
     print_metrics(results.get("before"), after)
-    if after["counts"].get("reference fails") == len(predictions):
-        first = predictions[0]["verdict"]["error"]
-        print(f"no reference ran, so nothing could be compared; the first: {first}")
+    failing = [p["verdict"] for p in predictions
+               if any(value for name, value in p["verdict"].items() if name.startswith("# reference fails"))]
+    if failing:
+        print(f"{len(failing)} references did not run, and are not compared; the first: {failing[0]['error']}")
 
 def add_to_table(out, a, date, results, eval_rows, n_rows):
     """A line for results.csv, in the place of one that the run added before it was killed."""
@@ -208,15 +209,15 @@ def add_to_table(out, a, date, results, eval_rows, n_rows):
 
 def print_metrics(before, after):
     before = before or {"metrics": {}, "counts": {}}
-    print(f"\n{'':30s}{'before' if before['metrics'] else '':8s}   after   95 % interval        n")
+    print(f"\n{'':38s}{'before' if before['metrics'] else '':8s}   after   95 % interval        n")
     for name, x in after["metrics"].items():
         was = before["metrics"].get(name)
         was = f"{was['value']:8.1%}" if was else " " * 8
-        print(f"{name:28s}{was}{x['value']:8.1%}   {x['low']:6.1%} to {x['high']:6.1%}{x['n']:7d}")
+        print(f"{name:36s}{was}{x['value']:8.1%}   {x['low']:6.1%} to {x['high']:6.1%}{x['n']:7d}")
     for name, n in after["counts"].items():
         was = before["counts"].get(name, "")
         if n or was:
-            print(f"# {name:26s}{was:8}{n:8d}")
+            print(f"# {name:34s}{was:8}{n:8d}")
     print(f"evaluated in {after['seconds']:.1f} s")
 
 def share_changed(before, after):

@@ -1,4 +1,6 @@
 """lib/config.py against the configuration classes of `transformers`."""
+import math
+
 import pytest
 from transformers import AutoConfig, Gemma3TextConfig, Qwen2Config
 
@@ -43,6 +45,17 @@ def test_rope_is_read_as_transformers_reads_it(raw):
     (dict(num_hidden_layers=100_000), "num_hidden_layers = 100000 is not a whole number from 1 to 1,000"),
     (dict(hidden_size=-64), "hidden_size = -64"), (dict(vocab_size="97"), "vocab_size = '97'"),
     (dict(num_attention_heads=0), "num_attention_heads = 0"), (dict(hidden_size=64.0), "hidden_size = 64.0"),
+    (dict(vocab_size=True), "vocab_size = True"), (dict(vocab_size=10 ** 12), "vocab_size = 1000000000000"),
+    (dict(num_key_value_heads=3), "must be a multiple"), (dict(head_dim=3), "the numbers even"),
+    (dict(rope_theta=-1), "rope_theta = -1 is not a number above 0"),
+    (dict(rope_theta="x"), "rope_theta = 'x'"), (dict(rms_norm_eps=-1e-6), "rms_norm_eps = -1e-06"),
+    (dict(rope_theta=math.nan), "rope_theta = nan"), (dict(rope_theta=math.inf), "rope_theta = inf"),
+    (dict(rope_parameters={"rope_type": "default", "rope_theta": 0}), "rope_theta = 0"),
+    (dict(rope_scaling=dict(LINEAR, factor=0)), "factor = 0"),
+    (dict(tie_word_embeddings="no"), "tie_word_embeddings = 'no' is not true or false"),
+    (dict(layer_types=["sliding_attention"] * 4, sliding_window=0), "sliding_window = 0"),
+    (dict(layer_types=["sliding_attention"] * 4), "sliding_window = None"),
+    (dict(dtype="float8_e4m3fn"), "dtype 'float8_e4m3fn'"),
     (dict(dtype="int8"), "dtype 'int8' is not a floating point"), (dict(dtype="nn"), "dtype 'nn'")])
 def test_what_cannot_be_run_is_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):

@@ -518,6 +518,25 @@ def test_long_rows_do_not_train_and_limits_are_kept(capsys):
     assert only.examples == only.held_out == [] and len(only.questions) == 7
 
 
+def test_long_rows_are_not_evaluated_but_counted_and_said(capsys):
+    """A row is as long as its prompt, or as a prompt and answer that it scores, whichever is longer."""
+    tokenizer = Tokenizer.from_file(TOY)
+    every = read_data(flags(task="med", limit=40, eval_every=1, eval_limit=50), tokenizer)
+    length = lambda q: max(map(len, [q.prompt, *(e.ids for e in q.examples)]))
+    limit = sorted(map(length, every.questions))[25]
+    n = sum(length(q) > limit for q in every.questions)
+    some = read_data(flags(task="med", limit=40, eval_every=1, eval_limit=50, max_length=limit), tokenizer)
+    assert 0 < n < 50 and some.questions == [q for q in every.questions if length(q) <= limit]
+    assert some.held_out == [p for p in every.held_out if max(length(p[1]), len(p[0].ids)) <= limit]
+    assert some.skipped[f"evaluation rows longer than --max-length {limit} tokens"] == n
+    assert f"skipped {n} evaluation rows longer than --max-length {limit} tokens" in capsys.readouterr().out
+    longest = max(map(length, read_data(flags(task="sql", eval_only="toy", eval_limit=7), tokenizer).questions))
+    only = read_data(flags(task="sql", eval_only="toy", eval_limit=7, max_length=longest - 1), tokenizer)
+    assert sum(only.skipped.values()) == 7 - len(only.questions) > 0
+    with pytest.raises(ValueError, match="no row is left to evaluate on"):
+        read_data(flags(task="sql", eval_only="toy", eval_limit=7, max_length=3), tokenizer)
+
+
 def test_micro_batches_hold_as_much_as_fits():
     examples = [Example([1] * n, 1, i) for i, n in enumerate((3, 3, 4, 5, 11, 1, 9, 10))]
     cut = [[len(e.ids) for e in m] for m in micro_batches(examples, 10)]

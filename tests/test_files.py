@@ -173,7 +173,7 @@ def test_a_record_is_read_as_it_was_written_or_not_at_all(tmp_path):
     save_record(path, record)
     whole = path.read_bytes()
     assert read_record(path) == record and list(json.loads(whole)) == [*record, "digest"]
-    for damaged in (b"", b"{", b"[1]", b"\xff", whole[:-9], whole.replace(b"1e-05", b"1e-04"), b"\0" * 99):
+    for damaged in (b"", b"{", b"[1]", b"\xff", whole[:-9], whole.replace(b"1e-05", b"1e-04"), b"\0" * 99, b"[" * 10 ** 5):
         path.write_bytes(damaged)
         with pytest.raises(OSError, match=f"{path} is damaged: "):
             read_record(path)

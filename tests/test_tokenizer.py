@@ -383,6 +383,38 @@ def test_broken_files_are_named(tmp_path):
         load(tmp_path, spec)
 
 
+@pytest.mark.parametrize("change, words", [
+    (lambda s: s["model"]["vocab"].update(an=s["model"]["vocab"]["in"]), "have one id"),
+    (lambda s: s["model"]["vocab"].update(an=-1), "'an' has the id -1"),
+    (lambda s: s["model"]["vocab"].update(an=2.0), "'an' has the id 2.0"),
+    (lambda s: s["model"]["vocab"].update(an=2 ** 40), "has the id 1099511627776"),
+    (lambda s: s["model"]["vocab"].update(an=None), "'an' has the id None"),
+    (lambda s: s["model"]["vocab"].update({"": 5}), "'' has the id 5"),
+    (lambda s: s["added_tokens"][-1].update(id=3), "have one id"),
+    (lambda s: s["added_tokens"][-1].update(content="an"), "'an' has two ids"),
+    (lambda s: s["model"].update(merges=[["no", "where"]]), "tokenizer.json"),
+    (lambda s: s["model"].update(merges=7), "tokenizer.json"),
+    (lambda s: s["model"].update(vocab=[["a", 1]]), "tokenizer.json"),
+    (lambda s: s.update(added_tokens={"a": 1}), "tokenizer.json")])
+def test_a_vocabulary_that_makes_no_sense_is_refused(tmp_path, change, words):
+    spec = qwen_spec()
+    assert {"an", "in"} <= spec["model"]["vocab"].keys()
+    change(spec)
+    with pytest.raises(ValueError, match=words) as error:
+        load(tmp_path, spec)
+    assert str(tmp_path / "tokenizer.json") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_run_of_combining_marks_is_refused_at_once():
+    """To put 400,000 of them in order would take Python hours."""
+    ours = Tokenizer.from_file(Path(__file__).parents[1] / "toy")
+    assert ours.normalize("e\u0301") == "\xe9"             # so that it has marks to put in order
+    with pytest.raises(ValueError, match="more than 1,000 combining marks in a row"):
+        ours.encode("a" + "\u0301\u0327" * 200_000)
+    text = "e" + "\u0301" * 1000 + "x" * 20_000
+    assert ours.decode(ours.encode(text)) == unicodedata.normalize("NFC", text)
+
+
 def test_long_and_ill_formed_text(small):
     kind, spec, ours = small
     for text in (" " * MAX_CHARS, "\n" * (MAX_CHARS - 1) + "x", " " * (MAX_CHARS - 1) + "1", "x" * MAX_CHARS):

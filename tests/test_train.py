@@ -356,7 +356,7 @@ def test_references_that_do_not_run_are_said_to(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps(r | {"sql_context": "CREATE TABEL"}) for r in rows))
     main("--eval-only", "toy", "--task", "sql", "--eval-data", path, "--out", tmp_path / "out")
-    assert "no reference ran, so nothing could be compared; the first: context: " in capsys.readouterr().out
+    assert "4 references did not run, and are not compared; the first: context: " in capsys.readouterr().out
     after = json.loads((tmp_path / "out" / "results.json").read_text())["after"]
     assert after["# reference fails"] == 4 and "execution" not in after
 
