@@ -40,14 +40,17 @@ def only_once(pairs):
     return found
 
 def parse_json(text):
-    """JSON -> what it says. ValueError if it nests deeper than MAX_DEPTH, or as only_once has it."""
+    """JSON -> what it says. ValueError as only_once has it, or for what nests deeper than MAX_DEPTH. A text of
+    more than a million bytes may: to look through a vocabulary takes time, and it is never written again."""
     value = json.loads(text, object_pairs_hook=only_once)
-    level = [value]
-    for _ in range(MAX_DEPTH):
+    level = [value] if len(text) < 10 ** 6 else []
+    depth = 0
+    while level:
         containers = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, (dict, list))]
-        level = [inner for container in containers for inner in container]
-    if level:
-        raise ValueError(f"nested more than {MAX_DEPTH} deep")
+        level = [inner for container in containers for inner in container if isinstance(inner, (dict, list))]
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"nested more than {MAX_DEPTH} deep")
     return value
 
 def read_json(path):
