@@ -358,7 +358,8 @@ def load_and_run(a, out):
     """All that can be refused is refused before the model is loaded. An error ends in one line."""
     try:
         refuse_to_replace(out, a)
-        refuse_unwritable(out)
+        if not a.dry_run:
+            refuse_unwritable(out)
         read_table(out.parent / "results.csv")
         source = find_checkpoint(a.model)
         config, tokenizer = read_config(source), Tokenizer.from_file(source)

@@ -340,6 +340,19 @@ def test_generated_databases_tell_wrong_from_right(schema):
     assert [pair for pair, v in zip(RIGHT, right) if not v["shaken"]] == []
 
 
+def test_columns_that_a_join_sets_equal_get_values_in_common():
+    """No row of the context finds a partner, so that both queries are empty there."""
+    context = """CREATE TABLE country (code TEXT, name TEXT); CREATE TABLE speech (land TEXT, language TEXT);
+        INSERT INTO country VALUES ('IN', 'India'), ('FR', 'France');
+        INSERT INTO speech VALUES ('AF', 'Dari'), ('BR', 'Portuguese'), ('PE', 'Spanish');"""
+    join = "SELECT c.name FROM country AS c JOIN speech AS s ON c.code = s.land"
+    assert sandbox.joined(join, {"code", "land", "name", "language"}) == [("code", "land")]
+    wrong = judge(join + " WHERE s.language = 'Dari'", join, context)
+    right = judge(join, "SELECT name FROM speech JOIN country ON land = code", context)
+    assert wrong["match"] and wrong["both_empty"] and not wrong["shaken"]
+    assert right["match"] and right["shaken"]
+
+
 def test_generated_rows_respect_the_schema():
     """SQLite's own checks find no key twice, no orphan, no NULL where none may be. The same come again."""
     schema = """CREATE TABLE a (x INT, y TEXT, PRIMARY KEY (x, y));
