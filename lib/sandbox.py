@@ -299,12 +299,13 @@ def neighbours(literal):
         return [number, number, number + 1, number - 1]
     text = literal[1:-1].replace(2 * literal[0], literal[0])
     meant = text.replace("%", "").replace("_", "x")
-    if meant.isdecimal():
+    if meant.isdecimal() and len(meant) < 16:
         return [meant, meant, str(int(meant) + 1), str(int(meant) - 1)]
     return [meant, meant, meant + "x", "x" + meant, meant.swapcase(), meant[:-1]]
 
 def literals(sql, columns):
-    """-> {column: [values]}: what a query compares with each, by the last column named before it."""
+    """-> {column: [values]}: values near what a query compares with each column that it names. A literal is
+    taken to be compared with the last column named before it."""
     found = {}
     column = None
     for token in sql_tokens(sql):

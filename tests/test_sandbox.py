@@ -376,6 +376,14 @@ def test_generated_rows_respect_the_schema():
     assert sum(min(pair) > 3 for pair in counts) >= len(counts) - 1
 
 
+@pytest.mark.parametrize("literal", [
+    "'" + "7" * 5000 + "'", "9" * 400, "1e999", "-0.0", "x'00ff'", "''", "'%'", "'\u0661'",
+    "9223372036854775807", "'it''s'", '"b; c"', "NULL", "'\U0001f600'"])
+def test_every_literal_has_neighbours_or_none(literal):
+    verdict = judge(f"SELECT id FROM t WHERE name = {literal}", f"SELECT id FROM t WHERE {literal} = name")
+    assert verdict["match"] and verdict["shaken"] and verdict["error"] is None
+
+
 def test_a_schema_that_takes_no_other_rows_is_judged_by_its_own():
     closed = CONTEXT + "CREATE TRIGGER g BEFORE DELETE ON t BEGIN SELECT RAISE(ABORT, 'closed'); END;"
     verdict = judge("SELECT id FROM t", "SELECT t.id FROM t", closed)
