@@ -14,7 +14,7 @@ GEMMA = dict(vocab_size=262208, num_attention_heads=8, num_key_value_heads=4, he
 SIZES = dict(vocab_size=10 ** 7, hidden_size=10 ** 6, intermediate_size=10 ** 7, num_hidden_layers=1000,
              num_attention_heads=10 ** 4, num_key_value_heads=10 ** 4, head_dim=10 ** 4,
              max_position_embeddings=10 ** 9, sliding_window_pattern=1000, _sliding_window_pattern=1000)
-NUMBERS = dict(rms_norm_eps=1, initializer_range=100, query_pre_attn_scalar=10 ** 6, rope_theta=10 ** 12,
+NUMBERS = dict(rms_norm_eps=1, query_pre_attn_scalar=10 ** 6, rope_theta=10 ** 12,
                rope_local_base_freq=10 ** 12, factor=10 ** 6)
 SWITCHES = "tie_word_embeddings", "attention_bias", "use_sliding_window"
 COPIED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -31,7 +31,8 @@ def parse_config(raw):
         raise ValueError(f"model_type {raw.get('model_type')!r} is not supported: qwen2 (Qwen2.5) and "
                          f"gemma3_text (Gemma-3) are")
     gemma = raw["model_type"] == "gemma3_text"
-    given, raw = raw, (GEMMA if gemma else QWEN) | raw
+    given = raw
+    raw = (GEMMA if gemma else QWEN) | {key: value for key, value in raw.items() if value is not None}
     if missing := [k for k in COPIED if raw.get(k) is None]:
         raise ValueError(f"config.json lacks {', '.join(missing)}")
     check_values(raw)

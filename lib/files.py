@@ -39,7 +39,8 @@ def save_safely(path, content):
             content(temporary)
         else:
             temporary.write_text(content, encoding="utf-8")
-        temporary.chmod(0o644)                  # safetensors leaves 0600
+        # safetensors leaves 0600; what is replaced may be shared with a group
+        temporary.chmod(os.stat(path).st_mode & 0o777 if os.path.exists(path) else 0o644)
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())                # the content is on the disk before the name points to it
         os.replace(temporary, path)

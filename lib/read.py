@@ -40,8 +40,8 @@ def only_once(pairs):
     return found
 
 def parse_json(text):
-    """JSON -> what it says. ValueError as only_once has it, or for what nests deeper than MAX_DEPTH. A text of
-    more than a million bytes may: to look through a vocabulary takes time, and it is never written again."""
+    """JSON -> what it says. ValueError if an object has a key twice, or if it nests deeper than MAX_DEPTH. A
+    text of more than a million bytes may: a vocabulary takes long to look through, and nothing writes it."""
     value = json.loads(text, object_pairs_hook=only_once)
     level = [value] if len(text) < 10 ** 6 else []
     depth = 0

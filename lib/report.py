@@ -52,10 +52,11 @@ def read_table(path):
     return lines
 
 def begun(out, a):
-    """When the run in `out` began, which is one with its line in results.csv. Who goes on with it, or
-    evaluates there again, keeps that."""
+    """When the run in `out` began, which is one with its line in results.csv. Who goes on with it, or with an
+    evaluation that did not finish, keeps that."""
     path = out / "config.json"
-    old = read_record(path) if path.exists() and (a.resume or a.eval_only) else {}
+    goes_on = a.resume or a.eval_only and not (out / "results.json").exists()
+    old = read_record(path) if path.exists() and goes_on else {}
     return old.get("date") or time.strftime("%Y-%m-%d %H:%M:%S")
 
 def provenance():
@@ -181,7 +182,8 @@ def print_results(results, predictions):
     failing = [p["verdict"] for p in predictions
                if any(value for name, value in p["verdict"].items() if name.startswith("# reference fails"))]
     if failing:
-        print(f"{len(failing)} references did not run, and are not compared; the first: {failing[0]['error']}")
+        print(f"{len(failing)} references did not run, and are not compared; the first: "
+              f"{failing[0]['error']}")
 
 def add_to_table(out, a, date, results, eval_rows, n_rows):
     """A line for results.csv, in the place of one that the run added before it was killed."""

@@ -24,6 +24,7 @@ from typing import NamedTuple
 PROGRAM = os.path.abspath(__file__)
 LIMITS = {"seconds": 10, "steps": 20_000_000}   # of a query, steps of SQLite's virtual machine
 CHILDREN = min(8, os.cpu_count())               # at a time; no more than 8, because each may take 1 GiB
+UNFIT = sqlite3.IntegrityError, ValueError, OverflowError      # a text in an INTEGER PRIMARY KEY, say
 FAILURES = sqlite3.Error, sqlite3.Warning, MemoryError, ValueError, OverflowError
 
 # ------------------------------------------------------------------------------------------------------------
@@ -116,6 +117,12 @@ PRAGMAS = set("application_id case_sensitive_like defer_foreign_keys encoding fo
               "recursive_triggers reverse_unordered_selects synchronous table_info table_list table_xinfo "
               "user_version".split())
 
+EVERYTHING = ";"        # stands in Database.changed for every table: no name that a statement reports
+
+def fold(name):
+    """A name in lower case as SQLite has it: in ASCII only."""
+    return re.sub("[A-Z]+", lambda m: m[0].lower(), name)
+
 def quote(name):
     return '"{}"'.format(name.replace('"', '""'))
 
@@ -153,7 +160,9 @@ class Database:
         if refused:
             return sqlite3.SQLITE_DENY
         if action not in READING:
-            self.changed = self.changed | {(n or "").lower() for n in (name, other)}
+            self.changed = self.changed | {fold(name or ""), fold(other or "")}
+        if action == sqlite3.SQLITE_ALTER_TABLE:                # it does not say what the new name is
+            self.changed = self.changed | {EVERYTHING}
         return sqlite3.SQLITE_OK
 
     def tick(self):
@@ -185,27 +194,35 @@ class Database:
         found = {}
         for schema in ("main", "temp") if names else ():
             for kind, name, sql in self.look(f"SELECT type, name, sql FROM {schema}.sqlite_master"):
-                key = schema, kind, name.lower()
+                key = schema, kind, fold(name)
                 if kind in ("index", "trigger"):
                     found[key] = Result(["sql"], [tuple(sql_tokens(sql or ""))], ordered=True)
-                elif name.lower() in names:
+                elif fold(name) in names or EVERYTHING in names:
                     table = f"{schema}.{quote(name)}"
                     header = self.db.execute(f"SELECT * FROM {table} LIMIT 0").description
                     rows = self.look(f"SELECT * FROM {table}")
-                    found[key] = Result([c[0].lower() for c in header], rows, ordered=False)
+                    columns = [" ".join(sql_tokens(c[0])) for c in header]
+                    found[key] = Result(columns, rows, ordered=False)
                 else:
                     found[key] = None
         return {key: result for key, result in found.items() if not key[2].startswith("sqlite_")}
 
     def fill(self, tables):
-        """tables: {name: (columns, rows)}. These rows take the place of all others; one that breaks a
-        constraint is left out, and then one that points to it."""
+        """tables: {name: (columns, rows)}. These rows take the place of all others. One that breaks a
+        constraint is left out; then those are deleted whose foreign key points to no row."""
         for name, (columns, rows) in tables.items():
             self.ticks = self.steps // 1000
             self.db.execute(f"DELETE FROM main.{quote(name)}")
             places = ", ".join("?" * len(columns))
-            self.db.executemany(f"INSERT OR IGNORE INTO main.{quote(name)} "
-                                f"({', '.join(map(quote, columns))}) VALUES ({places})", rows)
+            insert = (f"INSERT OR IGNORE INTO main.{quote(name)} ({', '.join(map(quote, columns))}) "
+                      f"VALUES ({places})")
+            try:
+                self.db.executemany(insert, rows)
+            except UNFIT:                                       # leave out the rows that do not fit
+                self.db.execute(f"DELETE FROM main.{quote(name)}")
+                for row in rows:
+                    with suppress(*UNFIT):
+                        self.db.execute(insert, row)
         with suppress(sqlite3.OperationalError):                # a foreign key may point to what is no key
             for _ in range(10):
                 orphans = self.look("PRAGMA main.foreign_key_check")
@@ -214,6 +231,17 @@ class Database:
                 for name, rowid, *_ in orphans:
                     self.db.execute(f"DELETE FROM main.{quote(name)} WHERE rowid = ?", (rowid,))
         self.changed = set()
+
+    def shadow(self, names):
+        """Queries now find these tables with their rows in the opposite order, in temporary tables."""
+        for name in names:
+            with suppress(sqlite3.OperationalError):            # a table WITHOUT ROWID has no other order
+                self.look(f"CREATE TEMP TABLE {quote(name)} AS SELECT * FROM main.{quote(name)} "
+                          f"ORDER BY rowid DESC")
+
+    def unshadow(self, names):
+        for name in names:
+            self.look(f"DROP TABLE IF EXISTS temp.{quote(name)}")
 
 # ------------------------------------------------------------------------------------------------------------
 # generated databases, on which a wrong query shows (Zhong et al. 2020, arXiv 2010.02840)
@@ -241,6 +269,7 @@ class Table(NamedTuple):
 def describe(db):
     """-> {name in lower case: Table} of the database's tables, with their keys."""
     tables = {}
+    primary_keys = {}
     for name, in db.look("SELECT name FROM main.sqlite_master WHERE type = 'table'"):
         if name.startswith("sqlite_"):
             continue
@@ -253,16 +282,18 @@ def describe(db):
         primary = [pk for *_, pk in info]
         keys = [pk == 1 and max(primary) == 1 for pk in primary]
         for _, index, unique, *_ in db.look(f"PRAGMA main.index_list({quote(name)})"):
-            places = [i for _, i, _ in db.look(f"PRAGMA main.index_info({quote(index)})")]
-            if unique and len(places) == 1 and places[0] >= 0:  # below 0: an expression
-                keys[places[0]] = True
+            members = [column for *_, column in db.look(f"PRAGMA main.index_info({quote(index)})")]
+            if unique and len(members) == 1 and members[0] in columns:      # not an expression
+                keys[columns.index(members[0])] = True
         needed = [bool(not_null or pk) for _, _, _, not_null, _, pk in info]
+        primary_keys[name.lower()] = [columns[i] for i in sorted(range(len(columns)), key=primary.__getitem__)
+                                      if primary[i]]
         tables[name.lower()] = Table(name, columns, numeric, needed, keys, {}, rows, values)
     for t in tables.values():
-        for number, _, parent, column, to, *_ in db.look(f"PRAGMA main.foreign_key_list({quote(t.name)})"):
-            other = tables.get(parent.lower())
-            if other:
-                to = to or other.columns[(other.keys + [True]).index(True) % len(other.keys)]
+        declared = db.look(f"PRAGMA main.foreign_key_list({quote(t.name)})")
+        for number, place, parent, column, to, *_ in declared:
+            to = to or (primary_keys.get(parent.lower(), []) + [None] * len(declared))[place]
+            if to:
                 t.parents[column.lower()] = number, parent.lower(), to.lower()
     add_keys_unsaid(tables)
     return tables
@@ -292,10 +323,12 @@ def parents_first(tables):
         left.remove(order[-1])
     return order
 
-def neighbours(literal):
-    """A literal's token -> values beside which a comparison with it turns, those that are meant twice."""
+def neighbours(literal, negative):
+    """A literal's token -> its value, twice, so that it is drawn more often, and values just beside it,
+    where a comparison gives another result. negative: is there a minus before it?"""
     if literal[0] not in "'\"":
-        number = float(literal) if "." in literal else int(literal)
+        number = int(literal) if literal.isdecimal() else float(literal)
+        number = -number if negative else number
         return [number, number, number + 1, number - 1]
     text = literal[1:-1].replace(2 * literal[0], literal[0])
     meant = text.replace("%", "").replace("_", "x")
@@ -307,14 +340,15 @@ def literals(sql, columns):
     """-> {column: [values]}: values near what a query compares with each column that it names. A literal is
     taken to be compared with the last column named before it."""
     found = {}
-    column = None
+    column = before = None
     for token in sql_tokens(sql):
         name = token.strip("\"`[]").lower()
         if name in columns:
             column = name
             found.setdefault(column, [])
-        elif token[0] in "'\"" or re.fullmatch(r"\d{1,15}(\.\d+)?", token):
-            found.setdefault(column, []).extend(neighbours(token))
+        elif token[0] in "'\"" or re.fullmatch(r"\d{1,15}(\.\d+)?(e\d{1,2})?", token):
+            found.setdefault(column, []).extend(neighbours(token, negative=before == "-"))
+        before = token
     return found
 
 def joined(sql, columns):
@@ -332,7 +366,7 @@ def draw(rng, own, near, numeric, n, distinct):
         return [values[int(rng.random() * len(values))] for values in sources]
     values = list(dict.fromkeys(own + near))
     rng.shuffle(values)
-    top = max((v for v in values if isinstance(v, (int, float))), default=0)
+    top = max((v for v in values if isinstance(v, (int, float)) and v < 2 ** 53), default=0)
     values += [top + i if numeric else f"{values[0]}{i}" for i in range(1, n + 1 - len(values))]
     return values[:n]
 
@@ -435,7 +469,7 @@ def survives_shaking(db, make, reference, prediction):
     Only where its result does not hang on the order in which SQLite happens to read rows.
     db: the context's database, which make() makes anew. A tenth of the steps must do for these few rows."""
     db.steps //= 10
-    by_chance = not {"order", "limit", "group"}.isdisjoint(sql_tokens(reference))
+    by_chance = not {"order", "limit"}.isdisjoint(sql_tokens(reference))
     for rows in shakes_of(db, reference, prediction):
         def make_shaken():
             fresh = make()
@@ -455,9 +489,9 @@ def survives_shaking(db, make, reference, prediction):
         if wanted.error:
             continue
         if by_chance and db:
-            db.look("PRAGMA reverse_unordered_selects = ON")
+            db.shadow(rows)
             again = attempt("", make_shaken, reference, db)
-            db.look("PRAGMA reverse_unordered_selects = OFF")
+            db.unshadow(rows)
             if not same_result(wanted.result, again.result):
                 wanted = wanted._replace(result=wanted.result._replace(ordered=False))
             if not same_result(wanted.result, again.result):

@@ -62,6 +62,17 @@ def test_what_cannot_be_run_is_refused_by_name(change, message):
         Config.from_dict(QWEN | change)
 
 
+@pytest.mark.parametrize("raw", [QWEN, GEMMA])
+def test_null_is_as_good_as_absent(raw):
+    """In what may be left out; initializer_range has no use here, and may be anything."""
+    nulls = dict.fromkeys(["rope_theta", "rope_local_base_freq", "tie_word_embeddings", "layer_types",
+                           "sliding_window_pattern", "rope_scaling", "initializer_range", "rms_norm_eps"])
+    left_out = {key: value for key, value in raw.items() if key not in nulls}
+    fields = [Config.from_dict(r) for r in (left_out, raw | nulls, left_out | {"initializer_range": 0.0})]
+    for other in fields[1:]:
+        assert {**vars(other), "raw": None} == {**vars(fields[0]), "raw": None}
+
+
 @pytest.mark.parametrize("spelling", ["bfloat16", "torch.bfloat16"])
 def test_both_spellings_of_a_dtype(spelling):
     theirs = AutoConfig.for_model(**QWEN, dtype="bfloat16").dtype

@@ -73,6 +73,8 @@ SAME = [
     ("UPDATE t SET x = 0 WHERE x IS NULL", "UPDATE t SET x = coalesce(x, 0)"),
     ("CREATE TABLE u (a INT)", "create table U (A TEXT)"),
     ("DROP TABLE none", "DROP TABLE IF EXISTS none;"),
+    ("ALTER TABLE t RENAME TO u", "ALTER TABLE t RENAME TO u;"),
+    ("CREATE VIEW v AS SELECT sum(id*2) FROM t", "CREATE VIEW v AS SELECT sum( id * 2 ) FROM t"),
     ("CREATE VIEW v AS SELECT id FROM t", "CREATE VIEW v AS SELECT DISTINCT id FROM t UNION ALL SELECT 3"),
     ("SELECT id FROM t", "ANALYZE; SELECT id FROM t"),                      # SQLite's own do not count
     ("ALTER TABLE t ADD COLUMN y INT DEFAULT 3", "ALTER TABLE t ADD y DEFAULT 3.0"),
@@ -122,6 +124,8 @@ DIFFERENT = [
     ("CREATE INDEX i ON t (id)", "DELETE FROM none"),
     ("DROP TABLE none", "DELETE FROM none"),
     ("ALTER TABLE t RENAME TO u", "ALTER TABLE t RENAME TO v"),
+    ("ALTER TABLE t RENAME TO u", "DELETE FROM t; ALTER TABLE t RENAME TO u"),
+    ("ALTER TABLE t RENAME TO u", "UPDATE t SET id = 0; ALTER TABLE t RENAME TO u"),
 ]
 INVALID = [
     "SELECT id FROM t\nThis query returns all ids.",
@@ -338,6 +342,52 @@ def test_generated_databases_tell_wrong_from_right(schema):
     assert all(v["match"] for v in wrong + right)               # the row's own database cannot tell
     assert [pair for pair, v in zip(WRONG, wrong) if v["shaken"]] == []
     assert [pair for pair, v in zip(RIGHT, right) if not v["shaken"]] == []
+
+
+KEYED = """CREATE TABLE t (id INTEGER PRIMARY KEY, name TEXT, age INTEGER);
+INSERT INTO t VALUES (1, 'a', 10), (2, 'b', 20), (3, 'c', 30);"""
+PAIRS = """CREATE TABLE p (a INT, b INT, n TEXT, PRIMARY KEY (a, b));
+CREATE TABLE c (x INT, y INT, v INT, FOREIGN KEY (x, y) REFERENCES p);
+INSERT INTO p VALUES (1, 7, 'q'), (2, 8, 'r'), (1, 8, 's'); INSERT INTO c VALUES (1, 7, 10), (2, 8, 20);"""
+
+
+@pytest.mark.parametrize("context, reference, prediction", [
+    # some drawn rows do not fit: a text for an integer key, a text that is no UTF-8, a key beyond the largest
+    (KEYED, "SELECT id, 'x' FROM t WHERE age > 10", "SELECT id, 'x' FROM t WHERE age >= 20"),
+    (KEYED, "SELECT count(id) * 0.5 FROM t WHERE age > 10", "SELECT count(id) * 0.5 FROM t WHERE age >= 20"),
+    (KEYED + "INSERT INTO t VALUES (7, CAST(x'e9' AS TEXT), 40)", "SELECT id FROM t WHERE age > 10",
+     "SELECT id FROM t WHERE age >= 20"),
+    (KEYED + "INSERT INTO t VALUES (9223372036854775807, 'z', 40)", "SELECT id FROM t WHERE age > 10",
+     "SELECT id FROM t WHERE age >= 20"),
+    (PAIRS, "SELECT v FROM c WHERE v > 10", "SELECT v FROM c WHERE v >= 20"),   # a key of two columns, unsaid
+    ("CREATE TABLE t (n TEXT, x REAL); INSERT INTO t VALUES ('a', -20), ('b', 5)",
+     "SELECT n FROM t WHERE x < -10", "SELECT n FROM t WHERE x <= -10"),
+    ("CREATE TABLE t (n TEXT, x INT); INSERT INTO t VALUES ('a', 2000000), ('b', 5)",
+     "SELECT n FROM t WHERE x > 1e6", "SELECT n FROM t WHERE x >= 1e6")])
+def test_rows_that_do_not_fit_are_left_out_and_the_others_tell(context, reference, prediction):
+    verdict = judge(reference, prediction, context)
+    assert verdict["match"] and not verdict["shaken"] and verdict["error"] is None
+
+
+@pytest.mark.parametrize("reference, prediction", [
+    ("SELECT name FROM t ORDER BY age DESC LIMIT 1", "SELECT name FROM t ORDER BY age DESC, id DESC LIMIT 1"),
+    ("SELECT name FROM t ORDER BY age", "SELECT name FROM t ORDER BY age, name"),
+    ("SELECT name FROM t LIMIT 1", "SELECT name FROM t ORDER BY id LIMIT 1")])
+def test_a_tie_that_the_order_of_storage_decides_is_not_held_against_a_prediction(reference, prediction):
+    verdict = judge(reference, prediction, KEYED)
+    assert verdict["match"] and verdict["shaken"]
+    wrong = reference.replace("age", "-age").replace("LIMIT 1", "LIMIT 2")
+    assert not judge(reference, wrong, KEYED)["shaken"]
+
+
+def test_generated_columns_and_odd_names():
+    context = ("CREATE TABLE g (b INT AS (a * 2) STORED UNIQUE, a INT, c TEXT UNIQUE);"
+               "INSERT INTO g (a) VALUES (1)")
+    assert judge("SELECT a FROM g", "SELECT g.a FROM g", context)["shaken"]
+    assert sandbox.describe(sandbox.Database(context, 10 ** 6))["g"].keys == [False, True]
+    context = "CREATE TABLE \xc4 (x INT); CREATE TABLE \xe4 (y TEXT); INSERT INTO \xc4 VALUES (1), (2);"
+    verdict = judge("DELETE FROM \xc4 WHERE x = 1", "DELETE FROM \xc4", context)  # SQLite folds ASCII only
+    assert verdict["ref_ok"] and not verdict["match"] and not verdict["ref_empty"]
 
 
 def test_columns_that_a_join_sets_equal_get_values_in_common():

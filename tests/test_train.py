@@ -351,6 +351,18 @@ def test_what_a_model_may_write_and_a_row_may_hold_does_not_end_a_run(tmp_path):
     assert after["# too long"] == 1 and 0 < after["# not UTF-8"] <= after["# no letter"] < 40
 
 
+def test_evaluations_in_one_directory_have_a_line_each(tmp_path):
+    for task in ("med", "sql"):
+        main("--eval-only", "toy", "--task", task, "--data", "toy", "--eval-data", "toy", "--eval-limit", "3",
+             "--out", tmp_path / "out", "--overwrite")
+    table = tmp_path / "results.csv"
+    assert [row["task"] for row in csv.DictReader(table.read_text().splitlines())] == ["med", "sql"]
+    table.chmod(0o664)                                          # of a group that shares it
+    main("--eval-only", "toy", "--task", "med", "--eval-data", "toy", "--eval-limit", "3",
+         "--out", tmp_path / "b")
+    assert table.stat().st_mode & 0o777 == 0o664 and len(table.read_text().splitlines()) == 4
+
+
 def test_references_that_do_not_run_are_said_to(tmp_path, capsys):
     rows, _ = data.load_rows("sql", "test", "toy", limit=4)
     path = tmp_path / "rows.jsonl"
