@@ -204,7 +204,7 @@ def add_to_table(out, a, date, results, eval_rows, n_rows):
         writer.writerow(columns)
         for line in lines:
             named = dict(zip(old, line))
-            if (named.get("date"), named.get("run")) != (date, out.name):
+            if (named.get("date"), named.get("run"), named.get("task")) != (date, out.name, a.task):
                 writer.writerow(line + [""] * (len(columns) - len(line)))
         writer.writerow([row.get(name, "") for name in columns])
         save_safely(table, text.getvalue())
