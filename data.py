@@ -117,24 +117,24 @@ class Rows(NamedTuple):
     questions: list         # [Question] to evaluate on before and after
     skipped: Counter        # {which: how many rows}
 
-def too_long(what, a):
+def why_too_long(what, a):
     return f"{what} rows longer than --max-length {a.max_length} tokens"
 
 def fitting(what, numbered, make, length, a, skipped):
     """{i: row} -> [make(i, row)]. Rows that the tokenizer cannot encode, and those of a length above
     --max-length tokens, are counted in `skipped`. length: what make returns -> tokens"""
     made = []
-    unknown = f"{what} rows that the tokenizer cannot encode"
+    why_unknown = f"{what} rows that the tokenizer cannot encode"
     for i, row in numbered.items():
         try:
             new = make(i, row)
         except ValueError as e:         # SmolLM2's vocabulary, for one, lacks some bytes
-            if unknown not in skipped:
+            if why_unknown not in skipped:
                 print(f"{what} row {i} is skipped: {e}")
-            skipped[unknown] += 1
+            skipped[why_unknown] += 1
             continue
         if length(new) > a.max_length:
-            skipped[too_long(what, a)] += 1
+            skipped[why_too_long(what, a)] += 1
         else:
             made.append(new)
     return made
@@ -157,7 +157,7 @@ def read_training(a, tokenizer, skipped):
     examples = fitting("training", kept, example, size, a, skipped)
     if not examples:
         raise ValueError(f"no training row is left of {len(rows)}: {len(held_out)} are held out, "
-                         f"{skipped[too_long('training', a)]} longer than --max-length {a.max_length}")
+                         f"{skipped[why_too_long('training', a)]} longer than --max-length {a.max_length}")
     return examples, held_out
 
 def read_data(a, tokenizer):

@@ -146,7 +146,8 @@ def rows(rng, folder, base):
     if path.suffix == ".parquet":
         try:
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(changed_json(rng, table)), path)
-        except Exception:                                                               # a table has types
+        except (TypeError, AttributeError, ValueError, LookupError, OverflowError, pyarrow.ArrowException):
+            # what was changed fits no table
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), path)
         content = path.read_bytes()
     elif path.suffix == ".json":

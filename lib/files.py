@@ -160,7 +160,8 @@ def download(url, folder=None):
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
             content = response.read()           # raises IncompleteRead if fewer bytes come than announced
-        json.loads(content)                     # raises if it is a page that says why the file is not there
+        with naming("no JSON"):                 # it may be a page that says why the file is not there
+            parse_json(content)
         temporary.write_bytes(content)
         os.replace(temporary, path)
     except (OSError, ValueError, http.client.HTTPException) as e:

@@ -1,9 +1,9 @@
 """Reads what others have written: the JSON files of a model, and rows. Whatever such a file holds, it is
 read, or refused by one line that names it.
 
-The size of a file is bounded, and with it the memory: a JSON file of a model by MAX_JSON, and a file of rows,
-unpacked, by MAX_ROWS. As Python objects text takes little more room than that, and the worst JSON (empty
-objects) 25 times as much.
+A JSON file above MAX_JSON is refused, and a file of rows that is above MAX_ROWS once unpacked. That bounds
+the memory: as Python objects long texts take about their own size, and the worst JSON (a list of empty
+objects) 25 times its size.
 """
 import codecs
 import gzip
@@ -13,7 +13,7 @@ from pathlib import Path
 
 MAX_JSON = 2 ** 27      # bytes. Gemma-3's tokenizer.json has 33 million
 MAX_ROWS = 2 ** 30      # bytes. MedMCQA's training rows have 140 million
-MAX_DEPTH = 100         # Python writes some 900 nested lists at most, and fewer deep inside a program
+MAX_DEPTH = 100         # Python fails to write some 900 nested lists, and fewer deep inside a program
 
 @contextmanager
 def naming(where):
@@ -32,7 +32,8 @@ def one_line(message):
     return text if len(text) <= 1000 else text[:1000] + " ..."
 
 def only_once(pairs):
-    """The (key, value) pairs of a JSON object -> dict. ValueError if a key stands twice: which one counts?"""
+    """The (key, value) pairs of a JSON object -> dict. ValueError if a key stands twice, for it is not clear
+    which one counts."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -82,7 +83,7 @@ def read_rows(path):
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
-    if not path.name.removesuffix(".gz").endswith((".json", ".jsonl", ".parquet")):
+    if not path.name.endswith((".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet")):
         raise ValueError(f"{path}: rows are read from .json, .jsonl (both also .gz) and .parquet files")
     failure = f"{path} cannot be read"
     if path.suffix == ".parquet":
@@ -117,8 +118,8 @@ def read_bounded(path):
     return text.removeprefix(codecs.BOM_UTF8)
 
 def read_parquet(path):
-    """-> rows, as dicts. The file's own numbers are checked first. A few bytes may still stand for many rows
-    of one long text, so the rows are read some at a time and counted."""
+    """-> rows, as dicts. The sizes in the file's footer are checked first. They count a repeated text once,
+    so the rows are also read some at a time, and what they unpack to is added up."""
     import pyarrow.parquet          # only those who read parquet need it
     file = pyarrow.parquet.ParquetFile(path)
     about = file.metadata
@@ -136,7 +137,7 @@ def read_parquet(path):
     return rows
 
 def unpacked_size(value):
-    """About the bytes that a value of a row takes."""
+    """A rough lower bound for the bytes that a value of a row takes."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):

@@ -1,8 +1,8 @@
 """Runs a predicted SQL query and its reference in SQLite and compares what they did: for data.py's sql task.
 
 A model's SQL is hostile input. It runs in a child process that can open no file, has 1 GiB of memory and a
-timer kept by the kernel, in a fresh in-memory database behind an authorizer. The child's program is this
-file, started as a script: so it imports the standard library only.
+time limit that the kernel enforces (SIGALRM), in a fresh in-memory database behind an authorizer. The child's
+program is this file, started as a script: so it imports the standard library only.
 """
 import itertools
 import json
@@ -53,7 +53,7 @@ def sql_statements(sql):
     return found
 
 def is_ordered(statement):
-    """Does it sort its own rows? ORDER BY in parentheses is a subquery's, a window's or an aggregate's.
+    """Does it sort its own rows? Inside parentheses, ORDER BY belongs to a subquery, window or aggregate.
     Ties then count in the order that SQLite gives them, as in Spider's own evaluation."""
     if "order" not in statement.lower():
         return False
@@ -65,13 +65,14 @@ def is_ordered(statement):
 # what counts as the same
 
 class Result(NamedTuple):
-    columns: list       # of a table their names; of a query, whose names do not count, a None each
+    columns: list       # names, of a table or view; of a query a None each, because its names do not count
     rows: list
     ordered: bool       # does the order of the rows count?
 
 def one_of_close(a, b):
-    """Two lists of rows, with each number replaced by the least of those in its column that agree with it.
-    1 is 1.0, and a float counts to 12 digits, or to 1e-12 beside 0: a sum depends on its order."""
+    """Two lists of rows -> the same, where numbers of a column that agree are all replaced by the smallest of
+    them. They agree if equal to 12 digits or within 1e-12, because a sum depends on its order; two whole
+    numbers must be equal."""
     columns = []
     for column in zip(*a, *b):
         numbers = sorted({c for c in column if isinstance(c, (int, float))})
@@ -114,8 +115,7 @@ REFUSED = [getattr(sqlite3, f"SQLITE_{name}")                   # VACUUM is an A
 UNSAFE = "load_extension", "fts3_tokenizer", "readfile", "writefile", "edit"
 PRAGMAS = set("application_id case_sensitive_like defer_foreign_keys encoding foreign_key_check "
               "foreign_key_list foreign_keys index_info index_list index_xinfo integrity_check quick_check "
-              "recursive_triggers reverse_unordered_selects synchronous table_info table_list table_xinfo "
-              "user_version".split())
+              "recursive_triggers synchronous table_info table_list table_xinfo user_version".split())
 
 EVERYTHING = ";"        # stands in Database.changed for every table: no name that a statement reports
 
@@ -138,7 +138,8 @@ def fetch_rows(cursor, max_rows=10_000, max_size=2_000_000):
 
 class Database:
     """A database in memory, made by a script. Its statements reach nothing outside, and stop after so many
-    steps. `changed` has the names of what run() may have changed since: tables, views, and so on."""
+    steps. `changed` has the names, in lower case, of all that statements may have changed since the script or
+    the last fill()."""
 
     def __init__(self, script, steps):
         self.steps = steps
@@ -189,8 +190,8 @@ class Database:
         return rows
 
     def contents(self, names):
-        """{(schema, kind, name): Result}. Of tables and views (which count by their rows) only those of
-        `names` are read. An index or trigger is one row, its own text; SQLite's own do not count."""
+        """{(schema, kind, name): Result}. A table or view counts by its rows; one that is not in `names` has
+        None in their place. An index or trigger is one row, its own text. sqlite_... is left out."""
         found = {}
         for schema in ("main", "temp") if names else ():
             for kind, name, sql in self.look(f"SELECT type, name, sql FROM {schema}.sqlite_master"):
@@ -249,7 +250,7 @@ class Database:
 class Shake(NamedTuple):
     """How to make a database."""
     rows: int           # of each table
-    redrawn: float      # the share of cells that are not those of a row of the context
+    redrawn: float      # the share of cells, in columns that a query names, that are not copied
     nulls: float        # the share of cells that become NULL
     distinct: bool      # has no column the same value twice?
 
@@ -262,7 +263,7 @@ class Table(NamedTuple):
     numeric: list       # bool each: does it hold numbers, by its rows or its type?
     needed: list        # bool each: never NULL
     keys: list          # bool each: no value twice
-    parents: dict       # column -> (foreign key, table, column): its values are those of that column
+    parents: dict       # column -> (its foreign key, parent table, parent column)
     rows: list          # of the context, at most 100
     values: list        # of each column, without NULLs
 
@@ -286,8 +287,7 @@ def describe(db):
             if unique and len(members) == 1 and members[0] in columns:      # not an expression
                 keys[columns.index(members[0])] = True
         needed = [bool(not_null or pk) for _, _, _, not_null, _, pk in info]
-        primary_keys[name.lower()] = [columns[i] for i in sorted(range(len(columns)), key=primary.__getitem__)
-                                      if primary[i]]
+        primary_keys[name.lower()] = [column for pk, column in sorted(zip(primary, columns)) if pk]
         tables[name.lower()] = Table(name, columns, numeric, needed, keys, {}, rows, values)
     for t in tables.values():
         declared = db.look(f"PRAGMA main.foreign_key_list({quote(t.name)})")
@@ -300,7 +300,8 @@ def describe(db):
 
 def add_keys_unsaid(tables):
     """Many a schema declares no keys. The first column of table `singer` is taken for one if it is called id,
-    singer_id or the like, and no two rows share a value. A column of its name elsewhere then points to it."""
+    singer_id or the like, and no two rows share a value. A column of its name in another table, if not just
+    id, is taken for a foreign key, without NULLs."""
     owners = {}
     for name, t in tables.items():
         first = t.columns[0].lower()
@@ -411,7 +412,7 @@ class Outcome(NamedTuple):
     error: str | None
 
 def attempt(stage, make, sql, db=None):
-    """Run sql on a database -> Outcome. make() gives a fresh one, which an unchanged `db` spares."""
+    """Run sql -> Outcome. db: an unchanged database to use again; without one, make() builds it."""
     running = "context: "
     try:
         db = db or make()
@@ -432,9 +433,13 @@ def unchanged(outcome):
 def same_outcome(make, reference, other):
     """Do two outcomes agree in the last result and in what is in the database?"""
     names = reference.changed | other.changed
+    if not same_result(reference.result, other.result):
+        return False
+    if not names:
+        return True
     try:
-        states = [(make() if not o.changed else o.db).contents(names) for o in (reference, other) if names]
-        return same_result(reference.result, other.result) and (not names or same_contents(*states))
+        states = [(o.db if o.changed else make()).contents(names) for o in (reference, other)]
+        return same_contents(*states)
     except FAILURES:
         return False
 
@@ -445,7 +450,7 @@ def nothing_happened(make, outcome):
     return outcome.error is None and not found and same_outcome(make, outcome, idle)
 
 def shakes_of(db, reference, prediction):
-    """-> rows for Database.fill, one time for each of SHAKES; [] if they cannot be made."""
+    """-> for each of SHAKES, tables for Database.fill; [] if they cannot be made."""
     try:
         tables = describe(db)
     except FAILURES:
@@ -465,9 +470,10 @@ def shakes_of(db, reference, prediction):
     return (shaken_rows(tables, near, shake, random.Random(i)) for i, shake in enumerate(SHAKES))
 
 def survives_shaking(db, make, reference, prediction):
-    """Does the prediction agree with the reference on each generated database on which the reference runs?
-    Only where its result does not hang on the order in which SQLite happens to read rows.
-    db: the context's database, which make() makes anew. A tenth of the steps must do for these few rows."""
+    """Does the prediction agree with the reference on each generated database on which the reference runs? A
+    database is skipped if the reference's own result depends on the order in which SQLite reads rows.
+    db: the context's database, which is used up; make() makes it anew. Each query gets a tenth of the steps,
+    because the databases are small."""
     db.steps //= 10
     by_chance = not {"order", "limit"}.isdisjoint(sql_tokens(reference))
     for rows in shakes_of(db, reference, prediction):
@@ -503,8 +509,8 @@ def survives_shaking(db, make, reference, prediction):
     return True
 
 def judge_sql(context, reference, prediction, steps=LIMITS["steps"]):
-    """Yield the verdict three times: the reference's part, lest the prediction kill us, then the whole on the
-    context's own rows, and then with the generated databases."""
+    """Yield the verdict three times: the reference's part alone, so that it is known even if the prediction
+    kills this process; the whole on the context's own rows; the same with the generated databases."""
     make = lambda: Database(context, steps)
     ref = attempt("reference: ", make, reference)
     ref_empty = nothing_happened(make, ref)

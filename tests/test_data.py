@@ -16,6 +16,7 @@ import torch
 from test_tokenizer import random_text, small       # noqa: F401
 
 import data
+import train
 from data import (Example, Scored, Tokenizer, Verdict, batch_of, encode, exact_match, execute_pairs,
                   load_rows, micro_batches, pack, read_data, read_rows, sql_metrics, to_device)
 from lib import sandbox
@@ -530,11 +531,19 @@ def test_long_rows_are_not_evaluated_but_counted_and_said(capsys):
     assert some.held_out == [p for p in every.held_out if max(length(p[1]), len(p[0].ids)) <= limit]
     assert some.skipped[f"evaluation rows longer than --max-length {limit} tokens"] == n
     assert f"skipped {n} evaluation rows longer than --max-length {limit} tokens" in capsys.readouterr().out
-    longest = max(map(length, read_data(flags(task="sql", eval_only="toy", eval_limit=7), tokenizer).questions))
+    seven = read_data(flags(task="sql", eval_only="toy", eval_limit=7), tokenizer)
+    longest = max(map(length, seven.questions))
     only = read_data(flags(task="sql", eval_only="toy", eval_limit=7, max_length=longest - 1), tokenizer)
     assert sum(only.skipped.values()) == 7 - len(only.questions) > 0
     with pytest.raises(ValueError, match="no row is left to evaluate on"):
         read_data(flags(task="sql", eval_only="toy", eval_limit=7, max_length=3), tokenizer)
+
+
+def test_a_run_is_evaluated_again_with_its_own_max_length(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "config.json").write_text('{"flags": {"max_length": 7}}')
+    assert train.parse_args(["--eval-only", str(tmp_path)]).max_length == 7
+    assert train.parse_args(["--eval-only", str(tmp_path), "--max-length", "9"]).max_length == 9
 
 
 def test_micro_batches_hold_as_much_as_fits():

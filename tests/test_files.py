@@ -173,7 +173,8 @@ def test_a_record_is_read_as_it_was_written_or_not_at_all(tmp_path):
     save_record(path, record)
     whole = path.read_bytes()
     assert read_record(path) == record and list(json.loads(whole)) == [*record, "digest"]
-    for damaged in (b"", b"{", b"[1]", b"\xff", whole[:-9], whole.replace(b"1e-05", b"1e-04"), b"\0" * 99, b"[" * 10 ** 5):
+    for damaged in (b"", b"{", b"[1]", b"\xff", whole[:-9], whole.replace(b"1e-05", b"1e-04"), b"\0" * 99,
+                    b"[" * 10 ** 5):
         path.write_bytes(damaged)
         with pytest.raises(OSError, match=f"{path} is damaged: "):
             read_record(path)
@@ -309,11 +310,12 @@ def test_a_download_is_whole_or_not_there_and_happens_once(tmp_path):
     class Server(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             asked.append(self.path)
+            pages = {"/good.json": b"[1, 2, 34]", "/page.json": b"<p>gone</p", "/deep.json": b"[" * 10 ** 5}
+            page = pages.get(self.path, b"[1]")                     # which is fewer bytes than announced
             self.send_response(200)
-            self.send_header("Content-Length", "10")
+            self.send_header("Content-Length", str(max(10, len(page))))
             self.end_headers()
-            pages = {"/good.json": b"[1, 2, 34]", "/page.json": b"<p>gone</p"}
-            self.wfile.write(pages.get(self.path, b"[1]"))
+            self.wfile.write(page)
             self.close_connection = True
 
         def log_message(self, *args):
@@ -324,7 +326,7 @@ def test_a_download_is_whole_or_not_there_and_happens_once(tmp_path):
     for _ in range(2):
         assert download(f"{url}/good.json", tmp_path).read_bytes() == b"[1, 2, 34]"
     assert asked == ["/good.json"]
-    for name in ("cut", "page"):
+    for name in ("cut", "page", "deep"):
         with pytest.raises(OSError, match=f"cannot download .*{name}.json.*--data"):
             download(f"{url}/{name}.json", tmp_path)
     server.shutdown()

@@ -57,6 +57,12 @@ def test_rows_nested_too_deep_are_named(name, place, tmp_path):
         read_rows(tmp_path / name)
 
 
+def test_a_parquet_is_not_gzipped(tmp_path):
+    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(b"PAR1"))
+    with pytest.raises(ValueError, match="rows are read from .json, .jsonl .both also .gz. and .parquet"):
+        read_rows(tmp_path / "a.parquet.gz")
+
+
 def test_nesting_that_people_use_is_read():
     value = {"a": [[{"b": [1, {"c": None}]}], "x"]}
     assert parse_json(json.dumps(value)) == value
