@@ -258,7 +258,7 @@ class Transformer(nn.Module):
             self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         for p in self.parameters():
             if p.dim() == 2:
-                nn.init.normal_(p, std=c.raw.get("initializer_range", 0.02))
+                nn.init.normal_(p, std=c.raw.get("initializer_range") or 0.02)
 
     def rope(self, pos, dtype):
         """pos (N,) -> {layer type: (cos, sin)}, each (N, 1, D/2). Angles are fp32."""

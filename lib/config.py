@@ -14,7 +14,7 @@ GEMMA = dict(vocab_size=262208, num_attention_heads=8, num_key_value_heads=4, he
 SIZES = dict(vocab_size=10 ** 7, hidden_size=10 ** 6, intermediate_size=10 ** 7, num_hidden_layers=1000,
              num_attention_heads=10 ** 4, num_key_value_heads=10 ** 4, head_dim=10 ** 4,
              max_position_embeddings=10 ** 9, sliding_window_pattern=1000, _sliding_window_pattern=1000)
-NUMBERS = dict(rms_norm_eps=1, query_pre_attn_scalar=10 ** 6, rope_theta=10 ** 12,
+NUMBERS = dict(rms_norm_eps=1, initializer_range=100, query_pre_attn_scalar=10 ** 6, rope_theta=10 ** 12,
                rope_local_base_freq=10 ** 12, factor=10 ** 6)
 SWITCHES = "tie_word_embeddings", "attention_bias", "use_sliding_window"
 COPIED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -84,8 +84,9 @@ def check_values(raw):
         if raw.get(key) is not None:
             check_whole(key, raw[key], most)
     for key, most in NUMBERS.items():
-        if key in raw and not (type(raw[key]) in (int, float) and 0 < raw[key] <= most):
-            raise ValueError(f"{key} = {raw[key]!r} is not a number above 0, at most {most:,}")
+        value = raw.get(key)
+        if value is not None and not (type(value) in (int, float) and 0 < value <= most):
+            raise ValueError(f"{key} = {value!r} is not a number above 0, at most {most:,}")
     for key in SWITCHES:
         if not isinstance(raw.get(key), bool | None):
             raise ValueError(f"{key} = {raw[key]!r} is not true or false")

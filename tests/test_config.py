@@ -2,9 +2,10 @@
 import math
 
 import pytest
+import torch
 from transformers import AutoConfig, Gemma3TextConfig, Qwen2Config
 
-from model import Config
+from model import Config, Transformer
 
 QWEN = dict(model_type="qwen2", vocab_size=97, hidden_size=64, intermediate_size=80, num_hidden_layers=4,
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
@@ -55,6 +56,8 @@ def test_rope_is_read_as_transformers_reads_it(raw):
     (dict(tie_word_embeddings="no"), "tie_word_embeddings = 'no' is not true or false"),
     (dict(layer_types=["sliding_attention"] * 4, sliding_window=0), "sliding_window = 0"),
     (dict(layer_types=["sliding_attention"] * 4), "sliding_window = None"),
+    (dict(initializer_range={}), "initializer_range = {}"),
+    (dict(initializer_range=-1), "initializer_range = -1"),
     (dict(dtype="float8_e4m3fn"), "dtype 'float8_e4m3fn'"),
     (dict(dtype="int8"), "dtype 'int8' is not a floating point"), (dict(dtype="nn"), "dtype 'nn'")])
 def test_what_cannot_be_run_is_refused_by_name(change, message):
@@ -64,13 +67,17 @@ def test_what_cannot_be_run_is_refused_by_name(change, message):
 
 @pytest.mark.parametrize("raw", [QWEN, GEMMA])
 def test_null_is_as_good_as_absent(raw):
-    """In what may be left out; initializer_range has no use here, and may be anything."""
+    """In what may be left out. A model is made of each, with numbers that are drawn."""
     nulls = dict.fromkeys(["rope_theta", "rope_local_base_freq", "tie_word_embeddings", "layer_types",
                            "sliding_window_pattern", "rope_scaling", "initializer_range", "rms_norm_eps"])
     left_out = {key: value for key, value in raw.items() if key not in nulls}
-    fields = [Config.from_dict(r) for r in (left_out, raw | nulls, left_out | {"initializer_range": 0.0})]
-    for other in fields[1:]:
-        assert {**vars(other), "raw": None} == {**vars(fields[0]), "raw": None}
+    first, other = Config.from_dict(left_out), Config.from_dict(raw | nulls)
+    assert vars(first) | {"raw": None} == vars(other) | {"raw": None}
+    weights = []
+    for config in (first, other):
+        torch.manual_seed(0)
+        weights.append(Transformer(config).model.embed_tokens.weight)
+    assert torch.equal(*weights) and 0.019 < weights[0].std() < 0.021
 
 
 @pytest.mark.parametrize("spelling", ["bfloat16", "torch.bfloat16"])
