@@ -34,6 +34,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from lib.read import one_line
+
 GROUP_BYTES = 1 << 28       # of a rank's rows in one all-to-all: the size of its buffers
 EMPTY = 16, 1, 1, 16        # a micro-batch without examples, as a size for data.to_device
 
@@ -118,8 +120,8 @@ def together():
             yield
     except (Exception, SystemExit) as e:
         error = e
-    said = muted.getvalue().strip().splitlines() or [str(error)]
-    reasons = of_all(said[-1] if error else None)
+    said = muted.getvalue().strip().splitlines() or [one_line(error)]
+    reasons = of_all(said[-1].partition("error: ")[2] or said[-1] if error else None)
     if first() and error:
         raise error
     for i, reason in enumerate(reasons):
@@ -432,7 +434,7 @@ class Owners:
         for name, p in self.here.items():
             if name not in self.rest:
                 p.copy_(model_state[name])
-        saved = dict(zip(sum(self.names, []), optimizer_state["state"].values()))
+        saved = {name: optimizer_state["state"][i] for i, name in enumerate(sum(self.names, []))}
         states, groups = {}, []
         for i in self.places:
             numbers = []
