@@ -449,7 +449,7 @@ def run(model, tokenizer, rows, inputs, a, out):
     groups = param_groups(model, a.lr, a.lora_lr, a.weight_decay, a.lora_weight_decay)
     optimizer = MoLFAdamW(parallel.distribute(model, groups),
                           score=SCORES[a.score], route=ROUTES[a.route], top_k=a.top_k)
-    del groups                                                  # on several GPUs most of it is elsewhere now
+    del groups                                                  # (several GPUs: most of it is elsewhere now)
     identity = digest(sorted((k, v) for k, v in vars(a).items() if k not in MAY_CHANGE), inputs)
     checkpoints = Checkpoints(out, model, optimizer, a, identity)
     history, seconds = train_with_checkpoints(checkpoints, tokenizer, rows, a, out)

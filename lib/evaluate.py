@@ -5,8 +5,8 @@ import time
 
 import torch
 
-from lib import parallel
 from data import Scored, count_targets, micro_batches, to_device
+from lib import parallel
 from model import LOGIT_ROWS
 
 @torch.no_grad()

@@ -352,6 +352,7 @@ class Checkpoints:
         parallel.wait()                         # a rank that left now would take the others with it
 
     def write(self, step, history, model, state):
+        """model, state: state_dict() of model and optimizer."""
         random = {"cpu": torch.get_rng_state()}
         if self.a.device.startswith("cuda"):
             random["cuda"] = torch.cuda.get_rng_state(self.a.device)
@@ -375,8 +376,10 @@ class Checkpoints:
         number = self.wanted()
         if number:
             self.asked = None                   # it has its answer
-            parallel.on_first(lambda: print(f"stopped after step {step}: --resume --out {self.out} goes on from here",
-                  file=sys.stderr if number == signal.SIGPIPE else sys.stdout, flush=True))
+            if parallel.first():
+                print(f"stopped after step {step}: --resume --out {self.out} goes on from here",
+                      file=sys.stderr if number == signal.SIGPIPE else sys.stdout, flush=True)
+            parallel.wait()
             raise SystemExit(128 + number)
 
     def load(self):
@@ -390,7 +393,8 @@ class Checkpoints:
         parts = grouped(tensors)
         state = {int(i): part for i, part in grouped(parts["optimizer"]).items()}
         self.begin = time.perf_counter() - float(header["seconds"])
-        saved = {"state": state, "routing": parts["routing"], "param_groups": json.loads(header["param_groups"])}
+        groups = json.loads(header["param_groups"])
+        saved = {"state": state, "routing": parts["routing"], "param_groups": groups}
         parallel.load_state(self.model, self.optimizer, parts["model"], saved)
         torch.set_rng_state(parts["rng"]["cpu"])
         if self.a.device.startswith("cuda") and "cuda" in parts["rng"]:     # the run may have begun on a CPU

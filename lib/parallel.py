@@ -138,8 +138,9 @@ def refuse_differences(facts):
 
 def code():
     """A digest of the program."""
-    here = Path(__file__).parent
-    files = [*sorted(here.glob("*.py")), *[here.parent / f"{name}.py" for name in ("data", "model", "molf", "train")]]
+    root = Path(__file__).parents[1]
+    files = [root / f"{name}.py" for name in ("data", "model", "molf", "train")]
+    files += sorted((root / "lib").glob("*.py"))
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
 
 def own_device(device):
@@ -384,8 +385,7 @@ class Owners:
         """This rank's rows of a tensor in the shape of a parameter -> the whole on the first rank's CPU"""
         p = self.params[name]
         t = dist.tensor.DTensor.from_local(rows, p.device_mesh, p.placements, run_check=False,
-                                           shape=p.shape, stride=p.stride())
-        t = t.full_tensor()
+                                           shape=p.shape, stride=p.stride()).full_tensor()
         return t.cpu() if first() else None
 
     def from_owner(self, name, tensor, dtype):
@@ -403,12 +403,13 @@ class Owners:
 
     @torch.no_grad()
     def state(self, optimizer):
-        model, states = {}, {}
+        model = {}
         for name, (_, dtype) in self.specs.items():
             if name in self.params:
                 model[name] = self.from_rows(name, self.params[name].to_local())
             else:
                 model[name] = self.from_owner(name, self.here.get(name), dtype)
+        states = {}
         for i, name in enumerate(sum(self.names, [])):
             here = optimizer.state[self.here[name]] if name in self.here else {}
             states[i] = {}
@@ -422,7 +423,8 @@ class Owners:
         for part in of_all(dict(zip(self.places, local["param_groups"]))):
             groups |= part
         numbers = iter(range(len(states)))
-        groups = [groups[i] | {"params": [next(numbers) for _ in names]} for i, names in enumerate(self.names)]
+        groups = [groups[i] | {"params": [next(numbers) for _ in names]}
+                  for i, names in enumerate(self.names)]
         gates = of_all_modules(self.model, local["routing"]["gates"])
         routing = {"gates": gates, "step": local["routing"]["step"].cpu()}
         return model, {"state": states, "param_groups": groups, "routing": routing}

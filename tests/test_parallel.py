@@ -55,7 +55,8 @@ class Ranks:
         out.parent.mkdir(exist_ok=True)
         flags = [[*map(str, ("--device", "cpu", *args, "--out", out, *(more or {}).get(r, ())))]
                  for r in range(n)]
-        self.processes = [forks.Process(target=one_rank, args=(r, n, port, flags, out, setup)) for r in range(n)]
+        self.processes = [forks.Process(target=one_rank, args=(r, n, port, flags, out, setup))
+                          for r in range(n)]
         for p in self.processes:
             p.start()
 
@@ -133,12 +134,12 @@ def torchrun(n, *args):
 
 
 def test_torchrun_starts_two_ranks_and_one_is_bit_identical_to_none(tmp_path):
-    started = [torchrun(n, *SMALL, "--epochs", 2, "--out", tmp_path / str(n)) for n in (1, 2)]
-    one(tmp_path / "none", *SMALL, "--epochs", 2)
+    started = [torchrun(n, *SMALL, "--limit", 16, "--out", tmp_path / str(n)) for n in (1, 2)]
+    one(tmp_path / "none", *SMALL, "--limit", 16)
     for process in started:
         stdout, stderr = process.communicate(timeout=120)
         assert process.returncode == 0, stderr
-        assert stdout.count("step    1/6") == 1
+        assert stdout.count("step    1/2") == 1
     assert_same_run(tmp_path / "none", tmp_path / "2")
     for name in ("model/model.safetensors", "routing.safetensors"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "none" / name).read_bytes()
@@ -161,8 +162,8 @@ def only_save(r):
     train.train = save_again
 
 
-@pytest.mark.parametrize("method", ["molf", "lora"])
-def test_a_signal_to_one_rank_saves_and_any_number_of_ranks_goes_on(method, tmp_path):
+@pytest.mark.parametrize("method, numbers", [("molf", (1, 3)), ("lora", (2,))])
+def test_a_signal_to_one_rank_saves_and_any_number_of_ranks_goes_on(method, numbers, tmp_path):
     flags = *SMALL, "--epochs", 3, "--method", method
     one(tmp_path / "one", *flags)
     out = tmp_path / "several"
@@ -176,7 +177,7 @@ def test_a_signal_to_one_rank_saves_and_any_number_of_ranks_goes_on(method, tmp_
     assert 2 <= int(header["step"]) < 9
 
     # whoever loads it holds, to the bit, what was saved
-    for n in (1, 2, 3):
+    for n in numbers:
         other = tmp_path / f"again-{n}"
         shutil.copytree(out, other)
         file, = (other / "checkpoints").glob("step-*")
