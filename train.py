@@ -7,6 +7,7 @@
     python train.py --resume --out runs/mine                            # go on where it was stopped
     python train.py --eval-only runs/mine                               # or any checkpoint: train nothing
     python train.py --model DIR --task sql --dry-run                    # counts, bytes, steps; no weights
+    torchrun --nproc_per_node=2 train.py --model DIR --task sql         # on two GPUs, see lib/parallel.py
 
 The method is `train_step`, which is README's six lines. `train` calls it in a loop, and `run` does the rest.
 """
@@ -28,8 +29,9 @@ from safetensors.torch import save_file
 import data
 import molf
 from data import Tokenizer, batch_of, count_targets, count_tokens, micro_batches, read_data, to_device
+from lib import parallel
 from lib.evaluate import batch_loss, evaluate, flat
-from lib.fast import FastStep
+from lib.fast import FastStep, compiled
 from lib.files import (Checkpoints, clear_run, digest, empty, find_checkpoint, last_checkpoint, log_until,
                        only_one, refuse_other_inputs, refuse_to_replace, refuse_unwritable, run_flags,
                        run_inputs, save_record, save_safely, set_eos)
@@ -37,7 +39,7 @@ from lib.report import (begun, count_parameters, discard_stdout, escape_unprinta
                         print_bytes, print_results, print_summary, provenance, quiet_ends, read_first_result,
                         read_table, sample, save_results, share_changed, stop, stop_if_not_finite,
                         stop_if_not_routed, warn_of_guessing)
-from model import Transformer, add_experts, fold, molf_layers, read_config, unfold
+from model import TARGETS, Transformer, add_experts, fold, molf_layers, read_config, unfold
 from molf import ROUTES, SCORES, MoLFAdamW, param_groups
 
 # ------------------------------------------------------------------------------------------------------------
@@ -207,6 +209,8 @@ def refuse_nonsense(p, a):
         value = getattr(a, key)
         if value is not None and value < 1:
             p.error(f"--{key.replace('_', '-')} must be at least 1")
+    if a.batch_size < parallel.n_ranks():
+        p.error(f"--batch-size {a.batch_size}: fewer sequences than the {parallel.n_ranks()} ranks")
     if a.dropout and a.checkpointing and not a.eager and a.device.startswith("cuda"):
         p.error("--checkpointing with --dropout wants --eager: a CUDA graph can't repeat the random numbers")
     if min(a.lr, a.lora_lr, a.weight_decay, a.lora_weight_decay) < 0 or min(a.alpha, a.clip) <= 0:
@@ -214,8 +218,8 @@ def refuse_nonsense(p, a):
     if not 0 <= a.dropout < 1 or not 0 <= a.warmup <= 1:
         p.error("--dropout and --warmup are shares, from 0 to 1")
     try:
-        torch.empty(0, device=a.device).cpu()
-    except (RuntimeError, AssertionError) as e:
+        torch.empty(0, device=parallel.own_device(a.device)).cpu()
+    except (RuntimeError, AssertionError, ValueError) as e:
         p.error(f"--device {a.device}: {str(e).splitlines()[0]}")
 
 # ------------------------------------------------------------------------------------------------------------
@@ -239,13 +243,15 @@ def train_step(model, optimizer, micros, n_targets, max_norm, ok):
         part = model.loss(*micro) / n_targets
         part.backward()                                 # G = dL/dW_eff of every linear
         loss = loss + part.detach()
-    unfold(model)                                       # G -> the exact gradient of every expert
-    norm = grad_norm(optimizer)
+    layers = parallel.pull(model)                       # (several GPUs: G to the layer's owner; else: model)
+    unfold(layers)                                      # G -> the exact gradient of every expert
+    loss, norm = parallel.total(loss, grad_norm(optimizer))
     clip = (max_norm / (norm + 1e-6)).clamp_max(1)      # a factor, which the optimizer's pass applies
     ok.logical_and_((loss + norm).isfinite())
     optimizer.step(clip=clip, ok=ok)                    # score, route, move
     optimizer.zero_grad()
-    fold(model)                                         # the new sum of the experts -> the layer's weight
+    fold(layers)                                        # the new sum of the experts -> the layer's weight
+    parallel.push(model)                                # (several GPUs: the new weights to all; else nothing)
     return loss, norm
 
 # ------------------------------------------------------------------------------------------------------------
@@ -263,13 +269,15 @@ def make_step(model, optimizer, batches, a):
     device = next(model.parameters()).device
     ok = torch.ones((), dtype=torch.bool, device=device)
     step_on_micros = partial(train_step, model, optimizer, max_norm=a.clip, ok=ok)
-    if device.type == "cuda" and not a.eager:
+    fast = device.type == "cuda" and not a.eager
+    if fast and not parallel.several():
         return FastStep(step_on_micros, model, optimizer, batches, a.max_tokens, a.batch_size)
 
     def plain(batch):
-        micros = [to_device(m, device) for m in micro_batches(batch, a.max_tokens)]
+        micros = parallel.share(batch, partial(micro_batches, max_tokens=a.max_tokens))
+        micros = [to_device(m, device, None if m else parallel.EMPTY) for m in micros]
         return step_on_micros(micros, count_targets(batch))
-    return plain
+    return compiled(plain) if fast else plain
 
 def train(model, optimizer, examples, a, log=print, held_out=None, checkpoints=None, start=None):
     """Train `model` on `examples` with the flags `a`. Call log(line, record) at the first and the last step
@@ -285,7 +293,8 @@ def train(model, optimizer, examples, a, log=print, held_out=None, checkpoints=N
     group_of = {group["kind"]: i for i, group in enumerate(optimizer.param_groups)}     # one of each kind
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: lr_factor(i, total, a.warmup),
                                                  last_epoch=first - 1)
-    sampled = [layer.weight.detach()[::16] for _, layer in molf_layers(model) if layer.weight.requires_grad]
+    sampled = [layer.weight.detach()[::16] for _, layer in molf_layers(parallel.owned(model))
+               if layer.weight.requires_grad]
     do_step = make_step(model, optimizer, (batch_of(i, examples, a) for i in range(first, total)), a)
     timed_from = min(first + 3, total - 1)              # the steps before it compile
     tokens, clock = 0, 0.0
@@ -297,7 +306,7 @@ def train(model, optimizer, examples, a, log=print, held_out=None, checkpoints=N
         tokens += count_tokens(batch)
         last = step == total - 1
         looking = held_out and (step + 1) % a.eval_every == 0
-        saving = checkpoints and (last or (step + 1) % a.save_every == 0 or checkpoints.asked)
+        saving = checkpoints and (last or (step + 1) % a.save_every == 0 or checkpoints.wanted())
         logging = last or step == first or (step + 1) % a.log_every == 0 or saving
         rates = {kind: optimizer.param_groups[i]["lr"] for kind, i in group_of.items()}
         before = [rows.clone() for rows in sampled] if logging else []      # (`sampled` are views)
@@ -308,6 +317,7 @@ def train(model, optimizer, examples, a, log=print, held_out=None, checkpoints=N
         if logging:
             losses, norms, gates, scores = [torch.stack(x).cpu() for x in zip(*pending)]    # the one sync
             pending = []
+            gates, scores = [parallel.of_all_modules(model, x) for x in (gates, scores)]
             stop_if_not_finite(step, losses, norms, examples, a)
             stop_if_not_routed(step, scores, gates, a)
             parts.append({"gates": gates, "scores": scores})
@@ -345,8 +355,12 @@ def joined(parts):
 # the run
 
 def main(argv=None):
-    with quiet_ends():
-        a = parse_args(argv)
+    with quiet_ends(), parallel.processes():
+        with parallel.together():
+            a = parse_args(argv)
+        parallel.refuse_differences({"--" + k.replace("_", "-"): v for k, v in vars(a).items()}
+                                    | {"the code": parallel.code(), "torch": torch.__version__})
+        a.device = parallel.own_device(a.device)
         escape_unprintable()
         torch.set_flush_denormal(True)      # second moments reach 1e-40, where a CPU is several times slower
         if a.device.startswith("cuda"):
@@ -357,23 +371,27 @@ def main(argv=None):
 def load_and_run(a, out):
     """All that can be refused is refused before the model is loaded. An error ends in one line."""
     try:
-        refuse_to_replace(out, a)
-        if not a.dry_run:
-            refuse_unwritable(out)
-        read_table(out.parent / "results.csv")
-        source = find_checkpoint(a.model)
-        config, tokenizer = read_config(source), Tokenizer.from_file(source)
-        if tokenizer.vocab_size > config.vocab_size:
-            raise ValueError(f"{source}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the "
-                             f"embedding has {config.vocab_size} rows: do they belong together?")
-        rows = read_data(a, tokenizer)
-        if a.dry_run:
-            return dry_run(config, rows, a)
-        inputs = run_inputs(rows, source)
-        if a.resume:
-            refuse_other_inputs(out, inputs)
-        model = Transformer.from_pretrained(source, getattr(torch, a.dtype), a.device)
-        out.mkdir(parents=True, exist_ok=True)
+        with parallel.together():
+            refuse_to_replace(out, a)
+            if not a.dry_run:
+                refuse_unwritable(out)
+            read_table(out.parent / "results.csv")
+            source = find_checkpoint(a.model)
+            config, tokenizer = read_config(source), Tokenizer.from_file(source)
+            if len(TARGETS) * config.num_hidden_layers < parallel.n_ranks():
+                raise ValueError(f"{parallel.n_ranks()} ranks, but the model has fewer linear layers to own")
+            if tokenizer.vocab_size > config.vocab_size:
+                raise ValueError(f"{source}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the "
+                                 f"embedding has {config.vocab_size} rows: do they belong together?")
+            rows = read_data(a, tokenizer)
+            if a.dry_run:
+                return dry_run(config, rows, a)
+            inputs = run_inputs(rows, source)
+            if a.resume:
+                refuse_other_inputs(out, inputs)
+            model = Transformer.from_pretrained(source, getattr(torch, a.dtype), a.device)
+            out.mkdir(parents=True, exist_ok=True)
+        parallel.refuse_differences(inputs)
     except (ValueError, OSError) as e:
         stop(e)
     try:
@@ -409,9 +427,10 @@ def run(model, tokenizer, rows, inputs, a, out):
     print(f"{a.model}, task {a.task}: {len(rows.questions)} rows of {a.eval_data} to evaluate on; eos "
           f"{tokenizer.eos_ids}, bos {tokenizer.bos_id}")
     record = dict(flags=vars(a), inputs=inputs, date=begun(out, a))
-    if not a.resume:
+    if not a.resume and parallel.first():
         clear_run(out)
         save_record(out / "config.json", record)                # for --resume
+    parallel.wait()
     if first_result.exists():                                   # --resume
         before = read_first_result(first_result)
     else:
@@ -420,21 +439,28 @@ def run(model, tokenizer, rows, inputs, a, out):
         record |= prepare(model, rows, a)
     save_record(out / "config.json", record | provenance())
     if a.eval_only:
+        if not parallel.first():
+            return
         results = dict(after=before, skipped=rows.skipped)
         save_results(out, a, record["date"], results, predictions, 0)
         print_results(results, predictions)
         return
     save_record(first_result, before)
-    optimizer = MoLFAdamW(param_groups(model, a.lr, a.lora_lr, a.weight_decay, a.lora_weight_decay),
+    module_names = [name for name, _ in molf_layers(model)]
+    groups = param_groups(model, a.lr, a.lora_lr, a.weight_decay, a.lora_weight_decay)
+    optimizer = MoLFAdamW(parallel.distribute(model, groups),
                           score=SCORES[a.score], route=ROUTES[a.route], top_k=a.top_k)
-    module_names = optimizer.module_names
+    del groups                                                  # (several GPUs: most of it is elsewhere now)
     identity = digest(sorted((k, v) for k, v in vars(a).items() if k not in MAY_CHANGE), inputs)
     checkpoints = Checkpoints(out, model, optimizer, a, identity)
     history, seconds = train_with_checkpoints(checkpoints, tokenizer, rows, a, out)
     del optimizer, checkpoints                                  # frees the moments before the export
     metadata = {"modules": json.dumps(module_names)}
     save_safely(out / "routing.safetensors", lambda path: save_file(history, path, metadata))
+    model = parallel.whole(model)
     after, predictions = evaluate(model, tokenizer, task, rows.questions, a.max_tokens)
+    if not parallel.first():
+        return
     losses = export(model, tokenizer.eos_ids, rows, a, out)
     results = dict(before=before, after=after, loss=losses, skipped=rows.skipped, train_seconds=seconds)
     save_results(out, a, record["date"], results, predictions, len(rows.examples))
@@ -445,9 +471,10 @@ def run(model, tokenizer, rows, inputs, a, out):
 
 def train_with_checkpoints(checkpoints, tokenizer, rows, a, out):
     """train(), from the newest checkpoint where the run is resumed, with its log. -> history, seconds"""
-    task, model = data.TASKS[a.task], checkpoints.model
+    task = data.TASKS[a.task]
 
     def held_out():
+        model = parallel.whole(checkpoints.model)
         examples, questions = zip(*rows.held_out)
         result, predictions = evaluate(model, tokenizer, task, questions, a.max_tokens)
         loss = batch_loss(model, examples, a.max_tokens)
@@ -461,7 +488,7 @@ def train_with_checkpoints(checkpoints, tokenizer, rows, a, out):
         if a.resume:
             print(f"going on behind step {start[0]}" if start else "no whole checkpoint: starting anew")
         save_safely(out / "log.jsonl", log_until(start[0], out / "log.jsonl") if start else "")
-        with open(out / "log.jsonl", "a") as log_file:
+        with open(out / "log.jsonl" if parallel.first() else os.devnull, "a") as log_file:
             def log(line, record):
                 try:
                     print(line, flush=True)
@@ -470,10 +497,11 @@ def train_with_checkpoints(checkpoints, tokenizer, rows, a, out):
                     discard_stdout()
                 print(json.dumps(record), file=log_file, flush=True)
             try:
-                history = train(model, checkpoints.optimizer, rows.examples, a, log,
+                history = train(checkpoints.model, checkpoints.optimizer, rows.examples, a, log,
                                 held_out if rows.held_out else None, checkpoints, start)
             except FloatingPointError as e:
-                model.save_pretrained(out / "last-good")
+                last_good = parallel.whole(checkpoints.model)
+                parallel.on_first(lambda: last_good.save_pretrained(out / "last-good"))
                 stop(e, f". The model is in {out / 'last-good'}; {last_checkpoint(out)}")
         return history, time.perf_counter() - checkpoints.begin
 

@@ -6,6 +6,7 @@ import time
 import torch
 
 from data import Scored, count_targets, micro_batches, to_device
+from lib import parallel
 from model import LOGIT_ROWS
 
 @torch.no_grad()
@@ -60,17 +61,19 @@ def evaluate(model, tokenizer, task, questions, max_tokens):
     "high"}}, those of kinds last, "counts": {name: n}, "seconds"}. predictions: a dict for each question."""
     begin = time.perf_counter()
     choices = [tokenizer.encode(c)[0] for c in task.choices]
-    scores = iter(score_targets(model, [e for q in questions for e in q.examples], max_tokens, choices))
-    scored = [[next(scores) for _ in q.examples] for q in questions]
+    mine = parallel.part_of(questions)                          # of several ranks each asks its part
+    scores = iter(score_targets(model, [e for q in mine for e in q.examples], max_tokens, choices))
+    scored = [[next(scores) for _ in q.examples] for q in mine]
     if task.new_tokens:
         # A place of the cache takes 18 KB in Gemma-3-270M, 28 KB in Qwen2.5-1.5B (keys and values, bf16). In
         # training, which max_tokens is meant for, a token takes over 1 MB: so on a GPU it may be 8 places.
         places = max_tokens * (8 if model.head.is_cuda else 1)
-        new = continue_all(model, [q.prompt for q in questions], task.new_tokens, tokenizer.eos_ids, places)
+        new = continue_all(model, [q.prompt for q in mine], task.new_tokens, tokenizer.eos_ids, places)
     else:
         new = [[s[0].greedy] for s in scored]
+    scored, new = parallel.gathered(scored), parallel.gathered(new)
     texts = [tokenizer.decode(ids) for ids in new]
-    judged = task.metrics([q.row for q in questions], scored, texts)
+    judged = parallel.on_first(lambda: list(task.metrics([q.row for q in questions], scored, texts)))
     verdicts, predictions = [], []
     for q, ids, text, verdict in zip(questions, new, texts, judged):
         counts = {"not UTF-8": "\ufffd" in text,

@@ -95,6 +95,17 @@ def padded(n):
     unit = max(16, (1 << (n - 1).bit_length()) // 128)
     return -(-n // unit) * unit
 
+def compiled(step):
+    """step(batch), compiled and on several streams, but not captured: what it runs between its collectives
+    and inside FSDP2's hooks."""
+    configure_compiler()
+    parts = fast_parts(cuda=True)
+
+    def run(batch):
+        with replaced(parts):
+            return step(batch)
+    return run
+
 class Recording(NamedTuple):
     """A captured step."""
     graph: torch.cuda.CUDAGraph

@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from lib import parallel
 from lib.read import naming, parse_json, read_json, tensor_names
 
 # what belongs to a tokenizer or to generation, and travels with an export
@@ -32,7 +33,9 @@ COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "voc
 
 def save_safely(path, content):
     """Write a text, or call content(temporary path), then rename: a good file is never half replaced.
-    OSError if it cannot be written."""
+    OSError if it cannot be written. Of several ranks only the first writes."""
+    if not parallel.first():
+        return
     temporary = Path(f"{path}.tmp")
     try:
         if callable(content):
@@ -283,7 +286,11 @@ def refuse_other_inputs(out, inputs):
 
 @contextmanager
 def only_one(folder):
-    """Hold a lock on the directory, or FileExistsError. It ends with the process, however that ends."""
+    """Hold a lock on the directory, or FileExistsError. It ends with the process, however that ends. Of
+    several ranks the first holds it."""
+    if not parallel.first():
+        yield
+        return
     lock = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -347,11 +354,18 @@ class Checkpoints:
 
     def save(self, step, history):
         """history: a dict of tensors. OSError if it cannot be written; the older checkpoints then stay."""
-        state = self.optimizer.state_dict()
+        model, state = parallel.state(self.model, self.optimizer)
+        if parallel.first():
+            self.write(step, history, model, state)
+        self.saved = step
+        parallel.wait()                         # a rank that left now would take the others with it
+
+    def write(self, step, history, model, state):
+        """model, state: state_dict() of model and optimizer."""
         random = {"cpu": torch.get_rng_state()}
         if self.a.device.startswith("cuda"):
             random["cuda"] = torch.cuda.get_rng_state(self.a.device)
-        tensors = flat({"model": self.model.state_dict(), "optimizer": flat(state["state"]),
+        tensors = flat({"model": model, "optimizer": flat(state["state"]),
                         "routing": state["routing"], "history": history, "rng": random})
         header = {"step": str(step), "run": self.run, "seconds": str(time.perf_counter() - self.begin),
                   "param_groups": json.dumps(state["param_groups"])}
@@ -359,22 +373,28 @@ class Checkpoints:
         self.folder.mkdir(exist_ok=True)
         save_safely(self.folder / f"step-{step:09d}.safetensors",
                     lambda path: save_file(tensors, path, header))
-        self.saved = step
         for old in self.files()[:-self.a.keep]:
             old.unlink()
 
+    def wanted(self):
+        """The number of the signal that asked to leave, on any rank; 0 if none did."""
+        return parallel.largest(self.asked or 0)
+
     def leave_if_asked(self, step):
         """Exit, if a signal asked for it, with the code that shells give to that signal."""
-        number = self.asked
+        number = self.wanted()
         if number:
             self.asked = None                   # it has its answer
-            print(f"stopped after step {step}: --resume --out {self.out} goes on from here",
-                  file=sys.stderr if number == signal.SIGPIPE else sys.stdout)
+            if parallel.first():
+                print(f"stopped after step {step}: --resume --out {self.out} goes on from here",
+                      file=sys.stderr if number == signal.SIGPIPE else sys.stdout, flush=True)
+            parallel.wait()
             raise SystemExit(128 + number)
 
     def load(self):
         """Put the newest checkpoint into model, optimizer and random states. -> (step, history), or None"""
-        header, tensors = self.read_newest()
+        with parallel.first_goes_first():       # it may set a file aside
+            header, tensors = self.read_newest()
         if not tensors:
             return None
         if header["run"] != self.run:
@@ -382,13 +402,15 @@ class Checkpoints:
         parts = grouped(tensors)
         state = {int(i): part for i, part in grouped(parts["optimizer"]).items()}
         self.begin = time.perf_counter() - float(header["seconds"])
-        self.model.load_state_dict(parts["model"])
-        self.optimizer.load_state_dict({"state": state, "routing": parts["routing"],
-                                        "param_groups": json.loads(header["param_groups"])})
+        groups = json.loads(header["param_groups"])
+        saved = {"state": state, "routing": parts["routing"], "param_groups": groups}
+        parallel.load_state(self.model, self.optimizer, parts["model"], saved)
         torch.set_rng_state(parts["rng"]["cpu"])
         if self.a.device.startswith("cuda") and "cuda" in parts["rng"]:     # the run may have begun on a CPU
             torch.cuda.set_rng_state(parts["rng"]["cuda"], self.a.device)
         self.saved = int(header["step"])
+        if not parallel.first():                # the file has the state of the first rank
+            torch.manual_seed(self.a.seed + self.saved * parallel.n_ranks() + parallel.rank())
         return self.saved, parts["history"]
 
     def read_newest(self):

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from data import TASKS, batch_of
+from lib import parallel
 from lib.evaluate import flat
 from lib.files import locked, read_record, save_safely
 from lib.read import one_line
@@ -136,10 +137,11 @@ def quiet_ends():
     sys.exit(code)
 
 def stop(error, more=""):
-    """End with exit code 1 and one line. A broken pipe is left to quiet_ends."""
+    """End with exit code 1 and one line. A broken pipe is left to quiet_ends. Of several ranks the first
+    speaks."""
     if isinstance(error, BrokenPipeError):
         raise error
-    sys.exit(f"error: {one_line(error)}{more}")
+    sys.exit(f"error: {one_line(error)}{more}" if parallel.first() else 1)
 
 def log_line(r, total):
     """The record of a step as a line to read."""
@@ -226,8 +228,9 @@ def share_changed(before, after):
     """Lists of tensors -> the share of their entries that differ. None of empty lists: on a frozen base."""
     if not before:
         return None
-    changed = sum((new != old).sum() for new, old in zip(after, before))
-    return changed.item() / sum(t.numel() for t in before)
+    changed = sum((new != old).sum() for new, old in zip(after, before)).item()
+    counts = parallel.of_all((changed, sum(t.numel() for t in before)))
+    return sum(changed for changed, _ in counts) / sum(n for _, n in counts)
 
 def read_first_result(path):
     """before.json -> the result of lib.evaluate that it holds. OSError if it is damaged."""

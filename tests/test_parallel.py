@@ -1,0 +1,296 @@
+"""Several ranks, on the CPU with gloo, against one process: the same losses, winners, weights and metrics."""
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, safe_open
+
+import data
+import train
+from lib import parallel
+
+ROOT = Path(__file__).parents[1]
+SMALL = ("--limit", 40, "--eval-limit", 8, "--epochs", 2, "--batch-size", 16, "--log-every", 1,
+         "--export-dtype", "fp32", "--lr", 1e-4, "--lora-lr", 1e-4)
+forks = multiprocessing.get_context("forkserver")
+forks.set_forkserver_preload(["train"])
+
+
+def one_rank(r, n, port, args, out, setup):
+    """What torchrun starts: a process with these variables. setup(r) is called first."""
+    os.environ |= {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+    torch.set_num_threads(1)
+    setup(r)
+    with open(f"{out}.stdout{r}", "w") as stdout, open(f"{out}.stderr{r}", "w") as stderr:
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            try:
+                train.main(args[r])
+            except SystemExit as e:
+                if isinstance(e.code, str):
+                    print(e.code, file=stderr)
+                    sys.exit(1)
+                raise
+
+
+class Ranks:
+    """N ranks of train.py --out `out`. args: flags of all; more: {rank: flags of that one}."""
+
+    def __init__(self, n, out, *args, more=None, setup=abs):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        self.out = out
+        out.parent.mkdir(exist_ok=True)
+        flags = [[*map(str, ("--device", "cpu", *args, "--out", out, *(more or {}).get(r, ())))]
+                 for r in range(n)]
+        self.processes = [forks.Process(target=one_rank, args=(r, n, port, flags, out, setup))
+                          for r in range(n)]
+        for p in self.processes:
+            p.start()
+
+    def end(self):
+        """-> their exit codes, what they wrote to stdout, and to stderr"""
+        for p in self.processes:
+            p.join(60)
+            p.kill()
+        texts = [[Path(f"{self.out}.{stream}{r}").read_text() for r in range(len(self.processes))]
+                 for stream in ("stdout", "stderr")]
+        return [p.exitcode for p in self.processes], *texts
+
+
+def ranks(n, out, *args, **more):
+    codes, stdout, stderr = Ranks(n, out, *args, **more).end()
+    assert codes == [0] * n, stderr
+    assert not any(stdout[1:]), "only the first rank prints"
+
+
+def one(out, *args):
+    train.main([*map(str, ("--device", "cpu", *args, "--out", out))])
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(a, b):
+    """Two runs of the same flags: what they left, but for times and rounding."""
+    for r, s in zip(log_of(a), log_of(b), strict=True):
+        assert r.keys() == s.keys() and r["step"] == s["step"] and r.get("lr") == s.get("lr")
+        assert s["loss"] == pytest.approx(r["loss"], rel=1e-6)
+        assert r.get("held_out", {}) | {"seconds": 0} == s.get("held_out", {}) | {"seconds": 0}
+        for key, close in (("grad_norm", 1e-5), ("full_share", 1e-5), ("changed", 1e-3)):
+            assert r.get(key) is s.get(key) is None or s[key] == pytest.approx(r[key], rel=close)
+    routing, others = (load_file(x / "routing.safetensors") for x in (a, b))
+    if routing["gates"].dtype == torch.bool:
+        assert torch.equal(routing["gates"], others["gates"])
+    torch.testing.assert_close(others["gates"], routing["gates"], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(others["scores"], routing["scores"], rtol=1e-3, atol=1e-9)
+    for name, w in load_file(a / "model" / "model.safetensors").items():
+        other = load_file(b / "model" / "model.safetensors")[name]
+        assert (w - other).abs().max() <= 5e-5 * w.abs().max(), name
+    first, second = (json.loads((x / "results.json").read_text()) for x in (a, b))
+    for when in ("before", "after"):
+        assert first[when] | {"seconds": 0} == second[when] | {"seconds": 0}
+    assert second["loss"] == pytest.approx(first["loss"], rel=1e-5)
+    lines = [[json.loads(line)["prediction"] for line in (x / "predictions.jsonl").read_text().splitlines()]
+             for x in (a, b)]
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("n, flags", [
+    (2, "--method fft"),
+    (2, "--method lora"),
+    (2, "--method lora --rest train --ranks 3"),
+    (3, "--method molf"),
+    (2, "--method molf --route softmax --eval-every 3"),
+    (2, "--method molf --task sql --epochs 1 --eval-limit 9 --limit 40 --max-tokens 300 --checkpointing"),
+    (2, "--method molf-e --score align"),
+])
+def test_several_ranks_are_one_process(n, flags, tmp_path):
+    one(tmp_path / "one", *SMALL, *flags.split())
+    ranks(n, tmp_path / "several", *SMALL, *flags.split())
+    assert_same_run(tmp_path / "one", tmp_path / "several")
+    left = [{str(f.relative_to(x)) for f in x.rglob("*")} for x in (tmp_path / "one", tmp_path / "several")]
+    assert left[0] == left[1]
+
+
+def torchrun(n, *args):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
+               ROOT / "train.py", "--device", "cpu", *args]
+    return subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_torchrun_starts_two_ranks_and_one_is_bit_identical_to_none(tmp_path):
+    started = [torchrun(n, *SMALL, "--limit", 16, "--out", tmp_path / str(n)) for n in (1, 2)]
+    one(tmp_path / "none", *SMALL, "--limit", 16)
+    for process in started:
+        stdout, stderr = process.communicate(timeout=120)
+        assert process.returncode == 0, stderr
+        assert stdout.count("step    1/2") == 1
+    assert_same_run(tmp_path / "none", tmp_path / "2")
+    for name in ("model/model.safetensors", "routing.safetensors"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "none" / name).read_bytes()
+
+
+def checkpoint(out):
+    file, = (out / "checkpoints").glob("step-*")
+    with safe_open(file, "pt") as f:
+        header = f.metadata()
+        return header, {name: f.get_tensor(name) for name in f.keys()}
+
+
+def save_again(model, optimizer, examples, a, log, held_out, checkpoints, start):
+    """In the place of train.train: save what was loaded, and leave."""
+    checkpoints.save(*start)
+    sys.exit(0)
+
+
+def only_save(r):
+    train.train = save_again
+
+
+@pytest.mark.parametrize("method, numbers", [("molf", (1, 3)), ("lora", (2,))])
+def test_a_signal_to_one_rank_saves_and_any_number_of_ranks_goes_on(method, numbers, tmp_path):
+    flags = *SMALL, "--epochs", 3, "--method", method
+    one(tmp_path / "one", *flags)
+    out = tmp_path / "several"
+    started = Ranks(2, out, *flags)
+    wait_for(lambda: (out / "log.jsonl").exists() and len((out / "log.jsonl").read_text().splitlines()) >= 2)
+    os.kill(started.processes[1].pid, signal.SIGTERM)
+    codes, stdout, stderr = started.end()
+    assert codes == [143, 143], stderr
+    assert stdout[0].count("stopped after step") == 1 and not stdout[1] and stderr == ["", ""]
+    header, tensors = checkpoint(out)
+    assert 2 <= int(header["step"]) < 9
+
+    # whoever loads it holds, to the bit, what was saved
+    for n in numbers:
+        other = tmp_path / f"again-{n}"
+        shutil.copytree(out, other)
+        file, = (other / "checkpoints").glob("step-*")
+        before = file.stat().st_mtime_ns
+        codes, _, stderr = Ranks(n, other, "--resume", setup=only_save).end()
+        assert codes == [0] * n, stderr
+        assert file.stat().st_mtime_ns > before
+        _, again = checkpoint(other)
+        assert again.keys() == tensors.keys()
+        for name, t in tensors.items():
+            assert t.dtype == again[name].dtype and torch.equal(t, again[name]), name
+
+    # two ranks -> one process -> the run that one process makes
+    shutil.copytree(out, tmp_path / "by-one")
+    one(tmp_path / "by-one", "--resume")
+    assert_same_run(tmp_path / "one", tmp_path / "by-one")
+    if method == "molf":
+        ranks(3, out, "--resume")
+        assert_same_run(tmp_path / "one", out)
+
+
+def wait_for(condition):
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_a_batch_is_shared_among_the_ranks_disjoint_complete_and_in_equal_numbers(monkeypatch):
+    lengths = [5, 90, 3, 3, 40, 8, 60, 2, 2, 31]
+    batch = [data.Example(list(range(n)), 1, i) for i, n in enumerate(lengths)]
+    cut = lambda examples: data.micro_batches(examples, 100)
+    for n in (1, 2, 3, 12):
+        monkeypatch.setattr(parallel, "n_ranks", lambda: n)
+        found = []
+        for r in range(n):
+            monkeypatch.setattr(parallel, "rank", lambda: r)
+            found.append(parallel.share(batch, cut))
+        assert len({len(micros) for micros in found}) == 1
+        rows = [e.row for micros in found for micro in micros for e in micro]
+        assert sorted(rows) == list(range(10))
+        tokens = [sum(len(e.ids) for micro in micros for e in micro) for micros in found]
+        assert max(tokens) <= max(90, sum(lengths) / n + 5)
+        assert n > 1 or found[0] == list(cut(batch))
+        parts = []
+        for r in range(n):
+            monkeypatch.setattr(parallel, "rank", lambda: r)
+            parts.append(parallel.part_of(lengths))
+        monkeypatch.setattr(parallel, "of_all", lambda part: parts)
+        assert parallel.gathered(None) == lengths
+
+
+@pytest.mark.parametrize("flags, more, message", [
+    ((), {1: ("--lr", "0.1")}, "error: rank 1 is not like rank 0 in --lr"),
+    ((), {1: ("--nonsense",)}, "error: rank 1: unrecognized arguments: --nonsense"),
+    (("--batch-size", 1), {}, "--batch-size 1: fewer sequences than the 2 ranks"),
+    (("--model", "/no"), {}, "error: no directory /no: give toy, a directory with config.json and "
+     "safetensors, or a hub id like Qwen/Qwen2.5-0.5B"),
+])
+def test_what_cannot_run_is_refused_by_the_first_rank_in_one_line(flags, more, message, tmp_path):
+    out = tmp_path / "run"
+    codes, stdout, stderr = Ranks(2, out, *flags, more=more).end()
+    assert_refused(codes, stdout, stderr, message, out)
+
+
+def assert_refused(codes, stdout, stderr, message, out):
+    assert all(codes) and not (out / "config.json").exists()
+    assert stderr[0].splitlines()[-1].endswith(message) and stderr[0].count("error:") == 1, stderr
+    assert "Traceback" not in stderr[0] and not stderr[1] and not stdout[1]
+
+
+def other_rows(r):
+    read = train.read_data
+    train.read_data = lambda a, tokenizer: read(argparse.Namespace(**vars(a) | {"limit": 9 - r}), tokenizer)
+
+
+def no_model(r):
+    def find(name):
+        raise FileNotFoundError(f"no directory {name}")
+    train.find_checkpoint = find if r else train.find_checkpoint
+
+
+@pytest.mark.parametrize("setup, message", [
+    (other_rows, "error: rank 1 is not like rank 0 in training rows"),
+    (no_model, "error: rank 1: no directory toy"),
+])
+def test_ranks_on_machines_with_other_files_are_refused(setup, message, tmp_path):
+    out = tmp_path / "run"
+    codes, stdout, stderr = Ranks(2, out, "--eval-limit", 8, setup=setup).end()
+    assert_refused(codes, stdout, stderr, message, out)
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(parallel, "several", lambda: True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert parallel.own_device("cuda") == "cuda:1" and parallel.own_device("cpu") == "cpu"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="2 ranks on this machine, but 1 GPUs"):
+        parallel.own_device("cuda")
+
+
+def test_a_rank_that_dies_ends_the_others_in_one_line(tmp_path):
+    out = tmp_path / "run"
+    started = Ranks(2, out, "--epochs", 50)
+    wait_for(lambda: (out / "log.jsonl").exists() and (out / "log.jsonl").read_text())
+    started.processes[0].kill()
+    codes, _, stderr = started.end()
+    assert codes == [-signal.SIGKILL, 1]
+    assert stderr[1] == "rank 1: another rank has left\n"
+
+
+def test_one_process_has_no_process_group(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "init_process_group", None)
+    one(tmp_path / "run", "--limit", 4, "--epochs", 1)
