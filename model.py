@@ -37,7 +37,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lib.config import parse_config, peft_names
 from lib.files import (copy_companions, find_checkpoint, refuse_infinite, refuse_quantised, save_safely,
-                       weight_files)
+                       save_weights, weight_files)
+from lib.ranks import in_step, parts
 from lib.read import naming, one_line, read_json
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -341,7 +342,7 @@ class Transformer(nn.Module):
         while len(new) < max_new_tokens:
             if len(new) % look_every == 0 and done.all():
                 break
-            if len(new) == 2 and weight.is_cuda and temperature == 0:
+            if len(new) == 2 and weight.is_cuda and temperature == 0 and not in_step(self):
                 graph = torch.cuda.CUDAGraph()          # cuBLAS starts in the first step; a capture can't
                 with torch.cuda.graph(graph):
                     step()
@@ -363,7 +364,7 @@ class Transformer(nn.Module):
         with torch.device("meta"):
             model = cls(config)
         model.source = source
-        load_weights(model, source, dtype, device)
+        model.load_state_dict(load_weights(model, source, dtype, device), assign=True)
         return model
 
     @torch.no_grad()
@@ -372,20 +373,23 @@ class Transformer(nn.Module):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         dtype = dtype or self.model["embed_tokens"].weight.dtype
-        state = self.state_dict()
-        for name, layer in molf_layers(self):
-            for expert in [n for n, _ in layer.named_parameters() if n not in ("weight", "bias")]:
-                del state[f"{name}.{expert}"]
-            state[f"{name}.weight"] = layer.merged().to("cpu", dtype)
-        state = {name: p.to("cpu", dtype).contiguous() for name, p in state.items()}
+        layers = {f"{name}.weight": layer for name, layer in molf_layers(self)}
+        sizes = {name: p.numel() * dtype.itemsize for name, p in self.named_parameters()
+                 if name.endswith((".weight", ".bias"))}                    # no expert's name does
+
+        def tensors():
+            for part in parts(self):
+                for name in sizes.keys() & part:
+                    p = layers[name].merged() if name in layers else self.get_parameter(name)
+                    yield name, p.detach().to("cpu", dtype).contiguous()
+
         raw = {k: v for k, v in self.config.raw.items() if k != "dtype"}
         raw["architectures"] = ["Gemma3ForCausalLM" if self.config.gemma else "Qwen2ForCausalLM"]
         raw["torch_dtype"] = str(dtype).removeprefix("torch.")
         if self.source and self.source.resolve() != directory.resolve():
             copy_companions(self.source, directory)
-        save_safely(directory / "model.safetensors", lambda path: save_file(state, path, {"format": "pt"}))
+        save_weights(directory, sizes, tensors())
         save_safely(directory / "config.json", json.dumps(raw, indent=2) + "\n")
-        (directory / "model.safetensors.index.json").unlink(missing_ok=True)    # of shards that stood here
 
     @torch.no_grad()
     def save_adapter(self, directory, base):
@@ -394,14 +398,17 @@ class Transformer(nn.Module):
         base: where the base model is, a directory or a hub id."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        layers = molf_layers(self)
+        layers = dict(molf_layers(self))
         state = {}
-        names, targets = peft_names(self.source, [name for name, _ in layers])
-        for name, (_, layer) in zip(names, layers):
-            for key, matrix in zip("AB", layer.stacked()):
-                # without the prefix peft loads nothing and says nothing
-                state[f"base_model.model.{name}.lora_{key}.weight"] = matrix.float().cpu().contiguous()
-        rank = sum(layers[0][1].ranks)
+        names, targets = peft_names(self.source, list(layers))
+        peft_name = dict(zip(layers, names))
+        for part in parts(self):
+            for name in [name for name in layers if f"{name}.A.0" in part]:
+                for key, matrix in zip("AB", layers[name].stacked()):
+                    # without the prefix peft loads nothing and says nothing
+                    key = f"base_model.model.{peft_name[name]}.lora_{key}.weight"
+                    state[key] = matrix.float().cpu().contiguous()
+        rank = sum(next(iter(layers.values())).ranks)
         config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base), r=rank,
                       lora_alpha=rank, use_rslora=False, lora_dropout=0.0, bias="none", inference_mode=True,
                       target_modules=targets, fan_in_fan_out=False)
@@ -411,6 +418,12 @@ class Transformer(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------------
 # MoLF: the experts of a linear layer
+
+def draw_A(r, n, device, dtype):
+    """-> A (r, n) of a LoRA expert before training: U(-1/sqrt(n), 1/sqrt(n)), drawn in fp32"""
+    a = torch.empty(r, n, device=device)
+    nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+    return a.to(dtype)
 
 class MoLFLinear(nn.Linear):
     """A linear whose weight is a sum of experts, W + sum_i s_i B_i A_i. It has one of three forms:
@@ -437,16 +450,18 @@ class MoLFLinear(nn.Linear):
         self.A = nn.ParameterList()
         self.B = nn.ParameterList()
         for r in ranks:
-            a = torch.empty(r, self.in_features, device=self.weight.device)
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5))                 # U(-1/sqrt(in), 1/sqrt(in)), in fp32
-            self.A.append(a.to(self.weight.dtype))                      # (r, in)
-            self.B.append(self.weight.new_zeros(self.out_features, r))  # (out, r)
+            self.A.append(draw_A(r, self.in_features, self.weight.device, self.weight.dtype))   # (r, in)
+            self.B.append(self.weight.new_zeros(self.out_features, r))                          # (out, r)
         self.weight.requires_grad_(full)
         if full and self.bias is not None:
             self.bias.requires_grad_(True)
         if self.folded:
-            self.full = nn.Parameter(self.weight.detach().to(torch.float32, copy=True))         # (out, in)
-            self.full.grad_dtype = None         # its gradient G may be bf16, without a copy in fp32
+            self.start_full()
+
+    def start_full(self):
+        """The full expert of a folded layer begins as the weight, (out, in) in fp32."""
+        self.full = nn.Parameter(self.weight.detach().to(torch.float32, copy=True))
+        self.full.grad_dtype = None             # its gradient G may be bf16, without a copy in fp32
 
     def experts(self):
         """[(kind, scale, parameters)], the full expert first: what the optimizer routes between."""
@@ -563,20 +578,27 @@ def read_config(directory):
     with naming(path):
         return Config.from_dict(raw)
 
-def load_weights(model, directory, dtype, device):
-    """Fill a model on the meta device from safetensors; every tensor is accounted for. Of a multimodal
-    Gemma-3 the text part is taken, under either of its two prefixes."""
+def load_weights(model, directory, dtype, device, rows=None):
+    """-> {name: parameter} for a model on the meta device, from safetensors; every tensor is accounted for. Of
+    a multimodal Gemma-3 the text part is taken, under either of its two prefixes. rows: {name: slice}, to
+    read no more than these. On the meta device nothing is read but names, types and shapes."""
     want = dict(model.named_parameters())
     got, unexpected, wrong, head = {}, [], [], None
+
+    def read(f, key, name):
+        if str(device) == "meta":
+            return torch.empty_like(want[name])
+        return f.get_slice(key)[rows[name]].to(device) if rows else f.get_tensor(key)
+
     for file in weight_files(directory):
         try:
-            with safe_open(file, "pt", device=str(device)) as f:
+            with safe_open(file, "pt", device="cpu" if str(device) == "meta" else str(device)) as f:
                 for key in f.keys():
                     if "vision_tower." in key or "multi_modal_projector." in key:
                         continue
                     name = key.replace("model.language_model.", "model.").removeprefix("language_model.")
                     if name == "lm_head.weight" and model.config.tie_word_embeddings:
-                        head = f.get_tensor(key)        # must be a copy of the embedding
+                        head = read(f, key, "model.embed_tokens.weight")    # must be a copy of the embedding
                         continue
                     stored = f.get_slice(key)
                     shape = stored.get_shape()
@@ -586,7 +608,7 @@ def load_weights(model, directory, dtype, device):
                         wrong.append(f"{name} is {shape}, not {list(want[name].shape)}")
                     else:
                         refuse_quantised(name, stored.get_dtype())
-                        got[name] = nn.Parameter(f.get_tensor(key).to(dtype))
+                        got[name] = nn.Parameter(read(f, key, name).to(dtype))
         except SafetensorError as e:
             raise ValueError(f"{file} is not a whole safetensors file ({e}): get it again") from e
     missing = [name for name in want if name not in got]
@@ -595,11 +617,13 @@ def load_weights(model, directory, dtype, device):
         if names:
             raise ValueError(f"{directory}: {len(names)} {what}: {', '.join(names[:5])}; do config.json and "
                              f"the weights belong together?")
+    if str(device) == "meta":
+        return got
     refuse_infinite(got)
     if head is not None and not torch.equal(head.to(dtype), got["model.embed_tokens.weight"]):
         raise ValueError(f"{directory}: lm_head.weight differs from the embedding, although tied; "
                          f"to use it, set tie_word_embeddings to false there")
-    model.load_state_dict(got, assign=True)
+    return got
 
 def main(argv):
     from data import Tokenizer, encode_prompt

@@ -26,8 +26,8 @@ from typing import NamedTuple
 
 import torch
 
-# Where Expert.rates has lr, 1 - lr wd, lr / (1 - b1^t), sqrt(1 - b2^t) and t
-LR, DECAY, STEP_SIZE, CORRECTION, T = range(5)
+# Where Expert.rates has lr, 1 - lr wd, lr / (1 - b1^t), sqrt(1 - b2^t), t and a random number
+LR, DECAY, STEP_SIZE, CORRECTION, T, CHANCE = range(6)
 
 # ------------------------------------------------------------------------------------------------------------
 # ROUTING RULES: EDIT HERE. A rule scores one expert at one step and returns a 0-d tensor. To try your own,
@@ -48,7 +48,7 @@ class Expert(NamedTuple):
     v_before: list
     weight: torch.Tensor    # (out, in), model's dtype: W_eff of the module. If W is frozen, which is then no
                             # expert, or with dropout, LoRA is a side branch and this is W alone.
-    rates: torch.Tensor     # (5,): the numbers of this step, see LR to T above
+    rates: torch.Tensor     # (6,): the numbers of this step, see LR to CHANCE above
     betas: tuple
     eps: float
     scale: float            # s in W_eff = W + s B A; 1 for a full expert
@@ -60,6 +60,10 @@ class Expert(NamedTuple):
     @property
     def t(self):            # 0-d: the number of gradients that the expert has seen, including this one
         return self.rates[T]
+
+    @property
+    def chance(self):       # 0-d: a random number of this expert and step, from 0 to 1
+        return self.rates[CHANCE]
 
     @property
     def numel(self):        # N in the rules
@@ -121,7 +125,7 @@ def always_lora(e):
 
 def coin(e):
     """Control: a random winner."""
-    return torch.rand_like(e.lr)
+    return e.chance.clone()
 
 SCORES = {
     "epd": epd,
@@ -226,7 +230,7 @@ class MoLFAdamW(torch.optim.Optimizer):
                  score=epd, route=topk, top_k=1):
         groups = [dict(g) if isinstance(g, dict) else dict(params=[g]) for g in groups]
         self.weights = [group.pop("weight", None) for group in groups]      # not for state_dict()
-        routing = dict(kind="rest", module="", expert=0, scale=1.0, t=0)
+        routing = dict(kind="rest", module="", expert=0, scale=1.0, seed=0, t=0)
         super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **routing))
         self.score = score
         self.route = route
@@ -344,7 +348,7 @@ class MoLFAdamW(torch.optim.Optimizer):
 
     def rates(self, seen):
         """seen: a bool for each group. Counts the new gradients, then computes the numbers of this step, in
-        double precision on the host. -> (groups, 5), fp32 on the device"""
+        double precision on the host. -> (groups, 6), fp32 on the device"""
         table = []
         for group, new in zip(self.param_groups, seen):
             group["t"] += new
@@ -354,7 +358,8 @@ class MoLFAdamW(torch.optim.Optimizer):
             decay = 1 - lr * group["weight_decay"]
             step_size = lr / (1 - beta1 ** t)
             correction = (1 - beta2 ** t) ** 0.5
-            table.append((lr, decay, step_size, correction, t))
+            chance = hash((group["seed"], t)) % 2 ** 24 / 2 ** 24       # the same on any number of GPUs
+            table.append((lr, decay, step_size, correction, t, chance))
         rates = torch.tensor(table)
         if self.gates.is_cuda:
             return rates.pin_memory().to(self.gates.device, non_blocking=True)
@@ -393,6 +398,7 @@ def param_groups(model, lr=5e-5, lora_lr=5e-5, weight_decay=0.1, lora_weight_dec
                 module=name,
                 expert=i,
                 scale=scale,
+                seed=hash((torch.initial_seed(), len(groups))),
                 weight=layer.weight.detach(),
                 lr=lr if full else lora_lr,
                 weight_decay=weight_decay if full else lora_weight_decay,

@@ -29,12 +29,13 @@ from safetensors.torch import save_file
 import data
 import molf
 from data import Tokenizer, batch_of, count_targets, count_tokens, micro_batches, read_data, to_device
-from lib import parallel
+from lib import parallel, ranks
+from lib.checkpoints import Checkpoints, last_checkpoint
 from lib.evaluate import batch_loss, evaluate, flat
-from lib.fast import FastStep, compiled
-from lib.files import (Checkpoints, clear_run, digest, empty, find_checkpoint, last_checkpoint, log_until,
-                       only_one, refuse_other_inputs, refuse_to_replace, refuse_unwritable, run_flags,
-                       run_inputs, save_record, save_safely, set_eos)
+from lib.fast import FastStep
+from lib.files import (clear_run, digest, empty, find_checkpoint, log_until, only_one, refuse_other_inputs,
+                       refuse_to_replace, refuse_unwritable, run_flags, run_inputs, save_record, save_safely,
+                       set_eos)
 from lib.report import (begun, count_parameters, discard_stdout, escape_unprintable, log_line, peak_memory,
                         print_bytes, print_results, print_summary, provenance, quiet_ends, read_first_result,
                         read_table, sample, save_results, share_changed, stop, stop_if_not_finite,
@@ -209,8 +210,8 @@ def refuse_nonsense(p, a):
         value = getattr(a, key)
         if value is not None and value < 1:
             p.error(f"--{key.replace('_', '-')} must be at least 1")
-    if a.batch_size < parallel.n_ranks():
-        p.error(f"--batch-size {a.batch_size}: fewer sequences than the {parallel.n_ranks()} ranks")
+    if a.batch_size < ranks.n_ranks():
+        p.error(f"--batch-size {a.batch_size}: fewer sequences than the {ranks.n_ranks()} ranks")
     if a.dropout and a.checkpointing and not a.eager and a.device.startswith("cuda"):
         p.error("--checkpointing with --dropout wants --eager: a CUDA graph can't repeat the random numbers")
     if min(a.lr, a.lora_lr, a.weight_decay, a.lora_weight_decay) < 0 or min(a.alpha, a.clip) <= 0:
@@ -218,7 +219,7 @@ def refuse_nonsense(p, a):
     if not 0 <= a.dropout < 1 or not 0 <= a.warmup <= 1:
         p.error("--dropout and --warmup are shares, from 0 to 1")
     try:
-        torch.empty(0, device=parallel.own_device(a.device)).cpu()
+        torch.empty(0, device=ranks.own_device(a.device)).cpu()
     except (RuntimeError, AssertionError, ValueError) as e:
         p.error(f"--device {a.device}: {str(e).splitlines()[0]}")
 
@@ -269,15 +270,19 @@ def make_step(model, optimizer, batches, a):
     device = next(model.parameters()).device
     ok = torch.ones((), dtype=torch.bool, device=device)
     step_on_micros = partial(train_step, model, optimizer, max_norm=a.clip, ok=ok)
-    fast = device.type == "cuda" and not a.eager
-    if fast and not parallel.several():
+    if device.type == "cuda" and not a.eager:
         return FastStep(step_on_micros, model, optimizer, batches, a.max_tokens, a.batch_size)
 
     def plain(batch):
-        micros = parallel.share(batch, partial(micro_batches, max_tokens=a.max_tokens))
-        micros = [to_device(m, device, None if m else parallel.EMPTY) for m in micros]
+        micros = [to_device(m, device, None if m else parallel.EMPTY) for m in own_micros(batch, a.max_tokens)]
         return step_on_micros(micros, count_targets(batch))
-    return compiled(plain) if fast else plain
+    return plain
+
+def own_micros(batch, max_tokens):
+    """-> the micro-batches of this rank: in one process all. Ranks have equal numbers of them, some empty."""
+    of_ranks = [list(micro_batches(share, max_tokens)) for share in ranks.shares(batch)]
+    own = of_ranks[ranks.rank()]
+    return own + [[]] * (max(map(len, of_ranks)) - len(own))
 
 def train(model, optimizer, examples, a, log=print, held_out=None, checkpoints=None, start=None):
     """Train `model` on `examples` with the flags `a`. Call log(line, record) at the first and the last step
@@ -317,7 +322,8 @@ def train(model, optimizer, examples, a, log=print, held_out=None, checkpoints=N
         if logging:
             losses, norms, gates, scores = [torch.stack(x).cpu() for x in zip(*pending)]    # the one sync
             pending = []
-            gates, scores = [parallel.of_all_modules(model, x) for x in (gates, scores)]
+            gates = parallel.of_all_modules(model, gates)
+            scores = parallel.of_all_modules(model, scores)
             stop_if_not_finite(step, losses, norms, examples, a)
             stop_if_not_routed(step, scores, gates, a)
             parts.append({"gates": gates, "scores": scores})
@@ -355,12 +361,12 @@ def joined(parts):
 # the run
 
 def main(argv=None):
-    with quiet_ends(), parallel.processes():
-        with parallel.together():
+    with quiet_ends(), ranks.processes():
+        with ranks.together():
             a = parse_args(argv)
-        parallel.refuse_differences({"--" + k.replace("_", "-"): v for k, v in vars(a).items()}
-                                    | {"the code": parallel.code(), "torch": torch.__version__})
-        a.device = parallel.own_device(a.device)
+        ranks.refuse_differences({"--" + k.replace("_", "-"): v for k, v in vars(a).items()}
+                                 | {"the code": ranks.code(), "torch": torch.__version__})
+        a.device = ranks.own_device(a.device)
         escape_unprintable()
         torch.set_flush_denormal(True)      # second moments reach 1e-40, where a CPU is several times slower
         if a.device.startswith("cuda"):
@@ -371,15 +377,15 @@ def main(argv=None):
 def load_and_run(a, out):
     """All that can be refused is refused before the model is loaded. An error ends in one line."""
     try:
-        with parallel.together():
+        with ranks.together():
             refuse_to_replace(out, a)
             if not a.dry_run:
                 refuse_unwritable(out)
             read_table(out.parent / "results.csv")
             source = find_checkpoint(a.model)
             config, tokenizer = read_config(source), Tokenizer.from_file(source)
-            if len(TARGETS) * config.num_hidden_layers < parallel.n_ranks():
-                raise ValueError(f"{parallel.n_ranks()} ranks, but the model has fewer linear layers to own")
+            if len(TARGETS) * config.num_hidden_layers < ranks.n_ranks():
+                raise ValueError(f"{ranks.n_ranks()} ranks, but the model has fewer linear layers to own")
             if tokenizer.vocab_size > config.vocab_size:
                 raise ValueError(f"{source}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the "
                                  f"embedding has {config.vocab_size} rows: do they belong together?")
@@ -389,9 +395,11 @@ def load_and_run(a, out):
             inputs = run_inputs(rows, source)
             if a.resume:
                 refuse_other_inputs(out, inputs)
-            model = Transformer.from_pretrained(source, getattr(torch, a.dtype), a.device)
+            # several ranks that train: each will read its part, when the layers have their experts
+            device = "meta" if ranks.several() and not a.eval_only else a.device
+            model = Transformer.from_pretrained(source, getattr(torch, a.dtype), device)
             out.mkdir(parents=True, exist_ok=True)
-        parallel.refuse_differences(inputs)
+        ranks.refuse_differences(inputs)
     except (ValueError, OSError) as e:
         stop(e)
     try:
@@ -412,6 +420,7 @@ def dry_run(config, rows, a):
 
 def prepare(model, rows, a):
     """Put the experts in, and say what there is to do."""
+    model.eval()
     model.checkpointing = a.checkpointing
     torch.manual_seed(a.seed)                               # of A and of dropout
     add_experts(model, a.ranks, a.alpha, a.method in ("fft", "molf"), a.dropout, train_rest=a.rest == "train")
@@ -427,41 +436,44 @@ def run(model, tokenizer, rows, inputs, a, out):
     print(f"{a.model}, task {a.task}: {len(rows.questions)} rows of {a.eval_data} to evaluate on; eos "
           f"{tokenizer.eos_ids}, bos {tokenizer.bos_id}")
     record = dict(flags=vars(a), inputs=inputs, date=begun(out, a))
-    if not a.resume and parallel.first():
+    if not a.resume and ranks.first():
         clear_run(out)
         save_record(out / "config.json", record)                # for --resume
-    parallel.wait()
+    ranks.wait()
+    ranks.refuse_differences({f"{out}: do all see one directory?": (out / "config.json").exists()})
+    if not a.eval_only:
+        record |= prepare(model, rows, a)
+        groups = param_groups(model, a.lr, a.lora_lr, a.weight_decay, a.lora_weight_decay)
+        module_names = [name for name, _ in molf_layers(model)]
+        groups = parallel.distribute(model, groups, a.device)
     if first_result.exists():                                   # --resume
         before = read_first_result(first_result)
     else:
-        before, predictions = evaluate(model, tokenizer, task, rows.questions, a.max_tokens)
-    if not a.eval_only:
-        record |= prepare(model, rows, a)
+        with parallel.whole(model) as whole:
+            before, predictions = evaluate(whole, tokenizer, task, rows.questions, a.max_tokens)
     save_record(out / "config.json", record | provenance())
     if a.eval_only:
-        if not parallel.first():
+        if not ranks.first():
             return
         results = dict(after=before, skipped=rows.skipped)
         save_results(out, a, record["date"], results, predictions, 0)
         print_results(results, predictions)
         return
     save_record(first_result, before)
-    module_names = [name for name, _ in molf_layers(model)]
-    groups = param_groups(model, a.lr, a.lora_lr, a.weight_decay, a.lora_weight_decay)
-    optimizer = MoLFAdamW(parallel.distribute(model, groups),
-                          score=SCORES[a.score], route=ROUTES[a.route], top_k=a.top_k)
-    del groups                                                  # (several GPUs: most of it is elsewhere now)
+    optimizer = MoLFAdamW(groups, score=SCORES[a.score],
+                          route=parallel.over_all_modules(ROUTES[a.route], model), top_k=a.top_k)
+    parallel.own_randomness(a)
     identity = digest(sorted((k, v) for k, v in vars(a).items() if k not in MAY_CHANGE), inputs)
     checkpoints = Checkpoints(out, model, optimizer, a, identity)
     history, seconds = train_with_checkpoints(checkpoints, tokenizer, rows, a, out)
     del optimizer, checkpoints                                  # frees the moments before the export
     metadata = {"modules": json.dumps(module_names)}
     save_safely(out / "routing.safetensors", lambda path: save_file(history, path, metadata))
-    model = parallel.whole(model)
-    after, predictions = evaluate(model, tokenizer, task, rows.questions, a.max_tokens)
-    if not parallel.first():
+    with parallel.whole(model) as whole:
+        after, predictions = evaluate(whole, tokenizer, task, rows.questions, a.max_tokens)
+        losses = export(whole, tokenizer.eos_ids, rows, a, out)
+    if not ranks.first():
         return
-    losses = export(model, tokenizer.eos_ids, rows, a, out)
     results = dict(before=before, after=after, loss=losses, skipped=rows.skipped, train_seconds=seconds)
     save_results(out, a, record["date"], results, predictions, len(rows.examples))
     empty(out / "checkpoints")                                  # finished: results.json says so
@@ -474,10 +486,10 @@ def train_with_checkpoints(checkpoints, tokenizer, rows, a, out):
     task = data.TASKS[a.task]
 
     def held_out():
-        model = parallel.whole(checkpoints.model)
         examples, questions = zip(*rows.held_out)
-        result, predictions = evaluate(model, tokenizer, task, questions, a.max_tokens)
-        loss = batch_loss(model, examples, a.max_tokens)
+        with parallel.whole(checkpoints.model) as model:
+            result, predictions = evaluate(model, tokenizer, task, questions, a.max_tokens)
+            loss = batch_loss(model, examples, a.max_tokens)
         values = {k: x["value"] for k, x in result["metrics"].items() if k in task.report}
         shown = "  ".join(f"{k} {value:.1%}" for k, value in values.items())
         line = f"held out: loss {loss:.4f}  {shown}\n{sample(predictions[0])}"
@@ -488,7 +500,7 @@ def train_with_checkpoints(checkpoints, tokenizer, rows, a, out):
         if a.resume:
             print(f"going on behind step {start[0]}" if start else "no whole checkpoint: starting anew")
         save_safely(out / "log.jsonl", log_until(start[0], out / "log.jsonl") if start else "")
-        with open(out / "log.jsonl" if parallel.first() else os.devnull, "a") as log_file:
+        with open(out / "log.jsonl" if ranks.first() else os.devnull, "a") as log_file:
             def log(line, record):
                 try:
                     print(line, flush=True)
@@ -500,14 +512,17 @@ def train_with_checkpoints(checkpoints, tokenizer, rows, a, out):
                 history = train(checkpoints.model, checkpoints.optimizer, rows.examples, a, log,
                                 held_out if rows.held_out else None, checkpoints, start)
             except FloatingPointError as e:
-                last_good = parallel.whole(checkpoints.model)
-                parallel.on_first(lambda: last_good.save_pretrained(out / "last-good"))
+                checkpoints.model.save_pretrained(out / "last-good")
                 stop(e, f". The model is in {out / 'last-good'}; {last_checkpoint(out)}")
         return history, time.perf_counter() - checkpoints.begin
 
 def export(model, eos_ids, rows, a, out):
     """Write model/, and adapter/ if the base is frozen. -> the loss of a batch with the trained weights, and
-    with the exported ones in the finer of both dtypes"""
+    with the exported ones in the finer of both dtypes; None where the model is on no GPU as a whole"""
+    batch = rows.examples[:a.batch_size]
+    losses = {"trained": batch_loss(model, batch, a.max_tokens), "exported": None}
+    if not ranks.first() and not ranks.in_step(model):
+        return losses
     model.save_pretrained(out / "model", EXPORT_DTYPES[a.export_dtype])
     set_eos(out / "model", eos_ids)
     if a.method in ("lora", "molf-e") and a.rest == "freeze":
@@ -515,12 +530,12 @@ def export(model, eos_ids, rows, a, out):
         model.save_adapter(out / "adapter", model.source.resolve() if local else a.model)
     elif a.method in ("lora", "molf-e"):
         print("no adapter/: with --rest train the base has changed as well")
-    wider = a.dtype == "float32" or a.export_dtype == "fp32"
-    exported = Transformer.from_pretrained(out / "model", getattr(torch, "float32" if wider else "bfloat16"),
-                                           a.device)
-    batch = rows.examples[:a.batch_size]
-    return {"trained": batch_loss(model, batch, a.max_tokens),
-            "exported": batch_loss(exported, batch, a.max_tokens)}
+    if not ranks.in_step(model):
+        wider = a.dtype == "float32" or a.export_dtype == "fp32"
+        exported = Transformer.from_pretrained(
+            out / "model", getattr(torch, "float32" if wider else "bfloat16"), a.device)
+        losses["exported"] = batch_loss(exported, batch, a.max_tokens)
+    return losses
 
 if __name__ == "__main__":
     main()

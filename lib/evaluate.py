@@ -6,7 +6,7 @@ import time
 import torch
 
 from data import Scored, count_targets, micro_batches, to_device
-from lib import parallel
+from lib.ranks import gathered, on_first, part_of
 from model import LOGIT_ROWS
 
 @torch.no_grad()
@@ -61,7 +61,7 @@ def evaluate(model, tokenizer, task, questions, max_tokens):
     "high"}}, those of kinds last, "counts": {name: n}, "seconds"}. predictions: a dict for each question."""
     begin = time.perf_counter()
     choices = [tokenizer.encode(c)[0] for c in task.choices]
-    mine = parallel.part_of(questions)                          # of several ranks each asks its part
+    mine = part_of(questions, model)                            # of several ranks each asks its part
     scores = iter(score_targets(model, [e for q in mine for e in q.examples], max_tokens, choices))
     scored = [[next(scores) for _ in q.examples] for q in mine]
     if task.new_tokens:
@@ -71,9 +71,9 @@ def evaluate(model, tokenizer, task, questions, max_tokens):
         new = continue_all(model, [q.prompt for q in mine], task.new_tokens, tokenizer.eos_ids, places)
     else:
         new = [[s[0].greedy] for s in scored]
-    scored, new = parallel.gathered(scored), parallel.gathered(new)
+    scored, new = gathered(scored, model), gathered(new, model)
     texts = [tokenizer.decode(ids) for ids in new]
-    judged = parallel.on_first(lambda: list(task.metrics([q.row for q in questions], scored, texts)))
+    judged = on_first(lambda: list(task.metrics([q.row for q in questions], scored, texts)))
     verdicts, predictions = [], []
     for q, ids, text, verdict in zip(questions, new, texts, judged):
         counts = {"not UTF-8": "\ufffd" in text,

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import model as model_py
 import molf
 from data import count_targets, count_tokens, micro_batches, to_device
+from lib import ranks
 
 STREAMS = 4
 
@@ -95,17 +96,6 @@ def padded(n):
     unit = max(16, (1 << (n - 1).bit_length()) // 128)
     return -(-n // unit) * unit
 
-def compiled(step):
-    """step(batch), compiled and on several streams, but not captured: what it runs between its collectives
-    and inside FSDP2's hooks."""
-    configure_compiler()
-    parts = fast_parts(cuda=True)
-
-    def run(batch):
-        with replaced(parts):
-            return step(batch)
-    return run
-
 class Recording(NamedTuple):
     """A captured step."""
     graph: torch.cuda.CUDAGraph
@@ -130,7 +120,7 @@ class FastStep:
         self.parts = fast_parts(self.cuda)
         # Compiled code copies an input that does not begin at a multiple of 16 bytes. So each row of rates
         # has the place of 8 numbers, and each gate that of 4.
-        self.rates = torch.zeros(len(optimizer.param_groups), 8, device=self.device)[:, :5]
+        self.rates = torch.zeros(len(optimizer.param_groups), 8, device=self.device)[:, :6]
         if optimizer.gates.stride(-1) == 1:
             gates = torch.zeros(*optimizer.gates.shape, 4, device=self.device)[..., 0]
             optimizer.gates = gates.copy_(optimizer.gates)
@@ -141,25 +131,29 @@ class FastStep:
         self.largest = []               # the batch of the most tokens
         for batch in batches:
             self.largest = max(self.largest, batch, key=count_tokens)
-            n, micros = self.cut(batch)
+            n, of_ranks = self.cut(batch)
             self.example[n] = batch
-            self.targets[n] = max(self.targets.get(n, 0), *(padded(count_targets(m)) for m in micros))
-            for micro in micros:
+            for micro in sum(of_ranks, []):
+                self.targets[n] = max(self.targets.get(n, 0), padded(count_targets(micro)))
                 filler = n - count_tokens(micro)        # the padding is one more sequence
                 self.longest = max(self.longest, filler, *(len(e.ids) for e in micro))
 
     def cut(self, batch):
-        """-> n, micro-batches: as few as fit into max_tokens, as even as can be, all to be padded to n."""
-        limit = self.max_tokens
-        few = len(list(micro_batches(batch, limit)))
-        limit = count_tokens(batch) // few
-        while len(micros := list(micro_batches(batch, limit))) > few:
+        """-> n and the micro-batches of each rank: as few as fit into max_tokens, as even as can be, and all to
+        be padded to n. All ranks have as many, for they gather the weights together: some may be empty."""
+        shares = ranks.shares(batch)
+        few = max(len(list(micro_batches(share, self.max_tokens))) for share in shares)
+        limit = max(map(count_tokens, shares)) // few
+        while any(len(list(micro_batches(share, limit))) > few for share in shares):
             limit = min(self.max_tokens, padded(limit + 1))
-        return padded(max(map(count_tokens, micros))), micros
+        of_ranks = [list(micro_batches(share, limit)) for share in shares]
+        largest = max(count_tokens(micro) for micros in of_ranks for micro in micros)
+        return padded(largest), [micros + [[]] * (few - len(micros)) for micros in of_ranks]
 
     def inputs(self, batch):
         """-> micro-batches on the device, padded to one size, and the number of targets of the batch."""
-        n, micros = self.cut(batch)
+        n, of_ranks = self.cut(batch)
+        micros = of_ranks[ranks.rank()]
         size = n, self.batch_size + 1, self.targets[n], self.longest
         n_targets = torch.tensor(float(count_targets(batch)))
         return [to_device(m, self.device, size) for m in micros], model_py.on_device(n_targets, self.device)
@@ -197,7 +191,8 @@ class FastStep:
             seen.extend(groups)
             return self.rates
         with replaced({(self.optimizer, "rates"): rates}):
-            with torch.cuda.graph(graph, pool=self.pool):
+            # (several GPUs: NCCL has a thread that asks the device how far it is, at any time)
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 results = self.step_on_micros(*inputs)
         self.pool = graph.pool()                        # all graphs share their memory
         self.recordings[shapes(inputs)] = Recording(graph, tensors(inputs), seen, results)

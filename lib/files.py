@@ -1,4 +1,4 @@
-"""Files of a run and of a model: safe writes, the hub, and a run's lock and checkpoints.
+"""Files of a run and of a model: safe writes, the hub, and a run's lock.
 
 model.py finds and writes models with it, data.py downloads rows, train.py does the rest.
 """
@@ -10,20 +10,18 @@ import math
 import os
 import re
 import shutil
-import signal
-import sys
 import tempfile
-import time
 import urllib.request
 from collections import Counter, defaultdict
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from lib import parallel
+from lib.ranks import first
 from lib.read import naming, parse_json, read_json, tensor_names
 
 # what belongs to a tokenizer or to generation, and travels with an export
@@ -34,7 +32,7 @@ COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "voc
 def save_safely(path, content):
     """Write a text, or call content(temporary path), then rename: a good file is never half replaced.
     OSError if it cannot be written. Of several ranks only the first writes."""
-    if not parallel.first():
+    if not first():
         return
     temporary = Path(f"{path}.tmp")
     try:
@@ -115,6 +113,37 @@ def weight_files(directory):
         raise ValueError(f"{directory}: the tensor {max(names, key=names.get)} stands in two files")
     return files
 
+def save_weights(directory, sizes, tensors, limit=5_000_000_000):
+    """Write model.safetensors, or files of about `limit` bytes each and their index. sizes: {name: bytes}.
+    tensors: yields (name, tensor on the CPU), each of which is held until its file is complete."""
+    whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    files, size = [[]], 0
+    for name, n in sizes.items():
+        if files[-1] and size + n > limit:
+            files.append([])
+            size = 0
+        files[-1].append(name)
+        size += n
+    file_of, missing = {}, {}
+    for i, names in enumerate(files, 1):
+        file = f"model-{i:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else whole.name
+        file_of |= dict.fromkeys(names, file)
+        missing[file] = set(names)
+    waiting = defaultdict(dict)
+    for name, t in tensors:                     # (of several ranks all take part in gathering it)
+        if not first():
+            continue
+        file = file_of[name]
+        waiting[file][name] = t
+        missing[file].remove(name)
+        if not missing[file]:
+            save_safely(directory / file, partial(save_file, waiting.pop(file), metadata={"format": "pt"}))
+    if len(files) > 1:
+        content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": file_of}
+        save_safely(index, json.dumps(content, indent=2) + "\n")
+    if first():
+        (whole if len(files) > 1 else index).unlink(missing_ok=True)        # of what stood here
+
 def refuse_quantised(name, dtype):
     """dtype: as safetensors writes it. ValueError unless it is a floating point type to compute in."""
     if dtype not in ("F64", "F32", "F16", "BF16"):
@@ -131,7 +160,7 @@ def refuse_infinite(tensors):
 def copy_companions(source, directory):
     """Copy what travels with a model beside its weights."""
     for name in COMPANIONS:
-        if (source / name).is_file():
+        if first() and (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
 
 def set_eos(directory, eos_ids):
@@ -288,7 +317,7 @@ def refuse_other_inputs(out, inputs):
 def only_one(folder):
     """Hold a lock on the directory, or FileExistsError. It ends with the process, however that ends. Of
     several ranks the first holds it."""
-    if not parallel.first():
+    if not first():
         yield
         return
     lock = os.open(folder, os.O_RDONLY)
@@ -310,150 +339,3 @@ def locked(path):
             if os.path.samestat(os.fstat(f.fileno()), os.stat(path)):       # not replaced while we waited
                 yield
                 return
-
-def checkpoint_files(out):
-    """-> [Path] of the whole checkpoints of a run, the newest last. (A write that was cut is .tmp.)"""
-    return sorted(Path(out, "checkpoints").glob("step-*.safetensors"))
-
-def last_checkpoint(out):
-    """The end of a message."""
-    return f"the last whole checkpoint: {(checkpoint_files(out) or ['none'])[-1]}"
-
-def checksum(header, tensors):
-    """A digest of a checkpoint: of its header's texts, and of each tensor's name, type, shape and sum. The
-    sum is that of its bits as whole numbers, which a flipped bit changes, and is computed where it lies."""
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    parts = sorted(header.items())
-    for name, t in sorted(tensors.items()):
-        size = t.element_size()
-        total = t.view(integer[size]).sum(dtype=integer[max(size, 4)])      # it may wrap around
-        parts.append((name, str(t.dtype), list(t.shape), total.item()))
-    return digest(parts)
-
-class Checkpoints:
-    """OUT/checkpoints/step-N.safetensors, from which a run goes on as if it had never stopped. A file is
-    whole or not there. It holds model.NAME, optimizer.I.NAME (the state of parameter I), routing.NAME (of
-    the optimizer), history.NAME (of the loop), rng.cpu and rng.cuda; its header has the rest.
-
-    As a context it notes in `asked` that SIGTERM, SIGHUP or Ctrl-C wants the run to end. The loop then saves
-    and calls leave_if_asked. A second signal ends the process at once. SIGPIPE is what train.py notes when
-    nobody reads stdout any more: as a signal it would also come from the pipe to a dead SQL child."""
-
-    def __init__(self, out, model, optimizer, a, run=""):
-        self.out = Path(out)
-        self.folder = self.out / "checkpoints"
-        self.run = run                          # names the run that the files belong to
-        self.model, self.optimizer = model, optimizer
-        self.a = a
-        self.asked = None                       # the number of the signal that asked to leave
-        self.saved = 0                          # the step of the newest checkpoint
-        self.begin = time.perf_counter()        # of the run; load() counts what came before a resume
-
-    def files(self):
-        return checkpoint_files(self.out)
-
-    def save(self, step, history):
-        """history: a dict of tensors. OSError if it cannot be written; the older checkpoints then stay."""
-        model, state = parallel.state(self.model, self.optimizer)
-        if parallel.first():
-            self.write(step, history, model, state)
-        self.saved = step
-        parallel.wait()                         # a rank that left now would take the others with it
-
-    def write(self, step, history, model, state):
-        """model, state: state_dict() of model and optimizer."""
-        random = {"cpu": torch.get_rng_state()}
-        if self.a.device.startswith("cuda"):
-            random["cuda"] = torch.cuda.get_rng_state(self.a.device)
-        tensors = flat({"model": model, "optimizer": flat(state["state"]),
-                        "routing": state["routing"], "history": history, "rng": random})
-        header = {"step": str(step), "run": self.run, "seconds": str(time.perf_counter() - self.begin),
-                  "param_groups": json.dumps(state["param_groups"])}
-        header["checksum"] = checksum(header, tensors)
-        self.folder.mkdir(exist_ok=True)
-        save_safely(self.folder / f"step-{step:09d}.safetensors",
-                    lambda path: save_file(tensors, path, header))
-        for old in self.files()[:-self.a.keep]:
-            old.unlink()
-
-    def wanted(self):
-        """The number of the signal that asked to leave, on any rank; 0 if none did."""
-        return parallel.largest(self.asked or 0)
-
-    def leave_if_asked(self, step):
-        """Exit, if a signal asked for it, with the code that shells give to that signal."""
-        number = self.wanted()
-        if number:
-            self.asked = None                   # it has its answer
-            if parallel.first():
-                print(f"stopped after step {step}: --resume --out {self.out} goes on from here",
-                      file=sys.stderr if number == signal.SIGPIPE else sys.stdout, flush=True)
-            parallel.wait()
-            raise SystemExit(128 + number)
-
-    def load(self):
-        """Put the newest checkpoint into model, optimizer and random states. -> (step, history), or None"""
-        with parallel.first_goes_first():       # it may set a file aside
-            header, tensors = self.read_newest()
-        if not tensors:
-            return None
-        if header["run"] != self.run:
-            raise OSError(f"{self.folder} holds checkpoints of another run: --overwrite starts anew")
-        parts = grouped(tensors)
-        state = {int(i): part for i, part in grouped(parts["optimizer"]).items()}
-        self.begin = time.perf_counter() - float(header["seconds"])
-        groups = json.loads(header["param_groups"])
-        saved = {"state": state, "routing": parts["routing"], "param_groups": groups}
-        parallel.load_state(self.model, self.optimizer, parts["model"], saved)
-        torch.set_rng_state(parts["rng"]["cpu"])
-        if self.a.device.startswith("cuda") and "cuda" in parts["rng"]:     # the run may have begun on a CPU
-            torch.cuda.set_rng_state(parts["rng"]["cuda"], self.a.device)
-        self.saved = int(header["step"])
-        if not parallel.first():                # the file has the state of the first rank
-            torch.manual_seed(self.a.seed + self.saved * parallel.n_ranks() + parallel.rank())
-        return self.saved, parts["history"]
-
-    def read_newest(self):
-        """-> header, {name: tensor} of the newest whole file; both empty if there is none."""
-        for file in reversed(self.files()):
-            try:
-                with safe_open(file, "pt") as f:
-                    header = f.metadata() or {}
-                    tensors = {name: f.get_tensor(name) for name in f.keys()}
-                if header.pop("checksum", None) != checksum(header, tensors):
-                    raise SafetensorError("its checksum is wrong")
-                return header, tensors
-            except SafetensorError as e:
-                print(f"{file} is not whole ({e}) and is set aside")
-                file.rename(file.with_suffix(".torn"))
-        return {}, {}
-
-    def __enter__(self):
-        def ask(number, frame):
-            self.asked = number
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        self.handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:       # nohup has it ignored
-            self.handlers[signal.SIGHUP] = signal.getsignal(signal.SIGHUP)
-        for number in self.handlers:
-            signal.signal(number, ask)
-        return self
-
-    def __exit__(self, error, *_):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if error is None:
-            self.leave_if_asked(self.saved)         # asked behind the last save, or where none was due
-
-def flat(groups):
-    """{group: {name: tensor}} -> {"group.name": tensor}, and safetensors wants them contiguous."""
-    return {f"{group}.{name}": t.contiguous() for group, part in groups.items() for name, t in part.items()}
-
-def grouped(tensors):
-    """{"group.name": tensor} -> {group: {name: tensor}}"""
-    groups = defaultdict(dict)
-    for full_name, t in tensors.items():
-        group, _, name = full_name.partition(".")
-        groups[group][name] = t
-    return groups

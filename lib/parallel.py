@@ -1,8 +1,8 @@
-"""Several GPUs: torchrun --nproc_per_node=N train.py ...
+"""A model on several GPUs: torchrun --nproc_per_node=N train.py ...
 
-torchrun starts N processes, the ranks, one for each GPU. PyTorch's FSDP2 keeps the weights that forward and
-backward use: each rank has 1/N of the rows of every weight, and a block is gathered just before it runs. Each
-rank trains on its share of a batch, and FSDP2 adds up the gradients.
+PyTorch's FSDP2 keeps the weights that forward and backward use. Each of the N ranks has 1/N of the rows of every
+weight, and a block is gathered just before it runs. Each rank trains on its share of a batch, and FSDP2 adds up
+the gradients.
 
 A routing rule wants to see whole matrices. So every linear layer has one owner, a rank that holds all of its
 experts and their moments, whole. The other ranks hold nothing of them. A step is then
@@ -15,185 +15,30 @@ experts and their moments, whole. The other ranks hold nothing of them. A step i
 pull and push are one all-to-all for a group of layers. What is not routed (embedding, norms, head) has no
 owner: AdamW works on single numbers, so each rank's optimizer moves its own rows.
 
-An evaluation gathers the whole model on each rank, and each rank asks its share of the questions. Checkpoints
-are gathered, tensor by tensor, on the CPU of the first rank, which writes the very file of one process. So a
-run may go on with any number of ranks. Only the first rank prints and writes.
-
-In one process every function here does nothing, or what it would do for a single rank, and no process group
-exists. A rule or a dropout that draws random numbers draws others on each rank than in one process.
+No rank ever holds the whole model, unless an evaluation gathers its weights on every GPU, where they fit. In one
+process every function here does nothing, or what it would do for a single rank.
 """
 import copy
-import hashlib
-import io
-import os
-import sys
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from pathlib import Path
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from lib.read import one_line
+from data import to_device
+from lib.ranks import balanced, in_step, largest, n_ranks, of_all, rank, several
+from model import Transformer, draw_A, load_weights, molf_layers
 
 GROUP_BYTES = 1 << 28       # of a rank's rows in one all-to-all: the size of its buffers
 EMPTY = 16, 1, 1, 16        # a micro-batch without examples, as a size for data.to_device
 
-# ------------------------------------------------------------------------------------------------------------
-# the ranks
-
-@contextmanager
-def processes():
-    """The process group of torchrun, if there is more than one process. Only the first rank prints."""
-    if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
-        yield
-        return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if first() else nowhere):
-            yield
-            wait()
-    except RuntimeError as e:
-        if not (isinstance(e, dist.DistError) or "gloo" in str(e)):
-            raise
-        sys.exit(f"rank {rank()}: another rank has left")       # which says why
-    finally:
-        dist.destroy_process_group()
-
-def several():
-    return dist.is_initialized()
-
-def rank():
-    return dist.get_rank() if several() else 0
-
-def n_ranks():
-    return dist.get_world_size() if several() else 1
-
-def first():
-    """Is this the rank that prints and writes?"""
-    return rank() == 0
-
-def largest(number):
-    """The largest of all ranks' whole numbers. It is host work: the device is not waited for."""
-    if not several():
-        return number
-    box = torch.tensor(number)
-    dist.all_reduce(box, dist.ReduceOp.MAX)
-    return box.item()
-
-def wait():
-    """Go on when all ranks have come here."""
-    largest(0)
-
-def of_all(thing):
-    """-> [the thing of each rank], on every rank"""
-    things = [thing] * n_ranks()
-    if several():
-        dist.all_gather_object(things, thing)
-    return things
-
-def on_first(function):
-    """-> what the function returns on the first rank. It is called there alone."""
-    box = [function() if first() else None]
-    if several():
-        dist.broadcast_object_list(box)
-    return box[0]
-
-@contextmanager
-def first_goes_first():
-    """The other ranks come in when the first has left."""
-    if not first():
-        wait()
-    yield
-    if first():
-        wait()
-
-@contextmanager
-def together():
-    """What ends one rank in here ends all of them. The first rank says why, also if it was another one."""
-    if not several():
-        yield
-        return
-    error, muted = None, io.StringIO()
-    try:
-        with suppress() if first() else redirect_stderr(muted):
-            yield
-    except (Exception, SystemExit) as e:
-        error = e
-    said = muted.getvalue().strip().splitlines() or [one_line(error)]
-    reasons = of_all(said[-1].partition("error: ")[2] or said[-1] if error else None)
-    if first() and error:
-        raise error
-    for i, reason in enumerate(reasons):
-        if reason:
-            sys.exit(f"error: rank {i}: {reason}" if first() else 1)
-
-def refuse_differences(facts):
-    """facts: {what: its value}. All ranks exit, if one has other facts than the first."""
-    every = of_all(facts)
-    for i, other in enumerate(every):
-        differing = [what for what in facts if other[what] != every[0][what]]
-        if differing:
-            sys.exit(f"error: rank {i} is not like rank 0 in {', '.join(differing)}" if first() else 1)
-
-def code():
-    """A digest of the program."""
-    root = Path(__file__).parents[1]
-    files = [root / f"{name}.py" for name in ("data", "model", "molf", "train")]
-    files += sorted((root / "lib").glob("*.py"))
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
-
-def own_device(device):
-    """--device -> that of this rank. ValueError if there are more ranks on this machine than GPUs."""
-    if not several() or not device.startswith("cuda"):
-        return device
-    gpus, ranks = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
-    if gpus < ranks:
-        raise ValueError(f"{ranks} ranks on this machine, but {gpus} GPUs")
-    return f"cuda:{os.environ['LOCAL_RANK']}"
-
-# ------------------------------------------------------------------------------------------------------------
-# shares of a batch and of an evaluation
-
-def balanced(sizes, n):
-    """sizes: {thing: its size} -> {thing: one of n ranks}. The largest come first, each to the rank that has
-    the least so far. It is the same on every rank."""
-    load = [0] * n
-    place = {}
-    for thing in sorted(sizes, key=sizes.get, reverse=True):
-        place[thing] = load.index(min(load))
-        load[place[thing]] += sizes[thing]
-    return place
-
-def share(batch, cut):
-    """batch: examples. cut: a function that cuts examples into micro-batches. -> those of this rank. All
-    ranks have as many, because each takes part in every gathering of weights: some may be empty."""
-    place = balanced({i: len(e.ids) for i, e in enumerate(batch)}, n_ranks())
-    shares = [list(cut([e for i, e in enumerate(batch) if place[i] == r])) for r in range(n_ranks())]
-    most = max(map(len, shares))
-    return shares[rank()] + [[]] * (most - len(shares[rank()]))
-
-def part_of(things):
-    """A rank's part of a list, for `gathered`."""
-    return things[rank()::n_ranks()]
-
-def gathered(part):
-    """What was made of part_of(things), in the order of the whole list, on every rank."""
-    parts = of_all(part)
-    whole = [None] * sum(map(len, parts))
-    for i, p in enumerate(parts):
-        whole[i::len(parts)] = p
-    return whole
-
-# ------------------------------------------------------------------------------------------------------------
-# the model
-
-def distribute(model, groups):
-    """Share out `model`, which is whole on every rank and has its experts. groups: those of param_groups.
+def distribute(model, groups, device, load=None):
+    """Share out a model that is on the meta device and has its experts. groups: those of param_groups.
+    load(name, rows): gives these rows of a base weight (default: from the files that the model came from).
     -> the groups for the optimizer of this rank. There must be a layer for each rank."""
     if not several():
         return groups
-    model.owners = Owners(model, groups)
+    model.owners = Owners(model, groups, torch.device(device), load)
     return model.owners.groups
 
 def owned(model):
@@ -220,39 +65,106 @@ def total(loss, norm):
     return sums[0].float(), sums[1].sqrt().float()
 
 def of_all_modules(model, x):
-    """x (..., modules owned here, experts) -> (..., modules, experts), on the CPU of every rank"""
+    """x (..., modules owned here, experts) -> (..., modules, experts), on every rank"""
     if not several():
         return x
-    whole = x.new_zeros(*x.shape[:-2], model.owners.n_modules, x.shape[-1], device="cpu")
-    whole[..., model.owners.modules_here, :] = x.cpu()
+    whole = x.new_zeros(*x.shape[:-2], model.owners.n_modules, x.shape[-1])
+    whole[..., model.owners.modules_here, :] = x
     dist.all_reduce(whole)
     return whole
 
+def over_all_modules(route, model):
+    """A route for the optimizer of a rank, which has a part of the modules: `route` sees all of them."""
+    if not several():
+        return route
+
+    def run(scores, gates, step, top_k):
+        scores, gates = of_all_modules(model, torch.stack([scores, gates]))
+        return route(scores, gates, step, top_k)[model.owners.modules_here]
+    return run
+
+@contextmanager
 def whole(model):
-    """The model as one process has it, gathered on the device of every rank. It is a copy, where a folded
-    layer has its weight alone."""
-    return model.owners.whole() if several() else model
-
-def state(model, optimizer):
-    """-> state_dict() of model and optimizer, as of one process, on the first rank; there on the CPU"""
-    if several():
-        return model.owners.state(optimizer)
-    return model.state_dict(), optimizer.state_dict()
-
-def load_state(model, optimizer, model_state, optimizer_state):
-    """Take what `state` gave, of this or another number of ranks."""
-    if several():
-        model.owners.load_state(optimizer, model_state, optimizer_state)
+    """The model as an evaluation wants it, in eval mode: in one process as it is; else a copy on every GPU,
+    where a folded layer has its weight alone. Where that does not fit, it is the shared model: each block is
+    gathered for each forward pass, also for each token that is generated, and the ranks must do the same."""
+    if not in_step(model):
+        yield model
+    elif fits(model):
+        yield model.owners.copy()
     else:
-        model.load_state_dict(model_state)
-        optimizer.load_state_dict(optimizer_state)
+        model.unshard()                         # the root: embedding, head and last norm
+        yield model
+        model.reshard()                         # or it would not see what the next step writes
 
-def owned_copy(layer):
-    """A copy of an owned layer. deepcopy would lose the grad_dtype of `full`, which moves over instead."""
-    return copy.deepcopy(layer, {id(layer.full): layer.full} if layer.folded else {})
+def fits(model):
+    """Does every GPU have room for a copy of the weights, and half as much for what is computed with them?"""
+    if model.owners.device.type != "cuda":
+        return True
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(model.owners.device)
+    need = sum(p.nbytes for p in model.owners.empty.parameters())
+    return not largest(int(1.5 * need > free))
+
+def here(model):
+    """{name: parameter} of what this rank keeps of a run, and {name: slice} where it keeps some rows"""
+    if several():
+        return model.owners.here, model.owners.slices
+    return dict(model.named_parameters()), {}
+
+def kept(model, optimizer):
+    """-> {"model.NAME": tensor, "optimizer.NAME.exp_avg": tensor, ...} of this rank, and {such a name: first
+    row} where it has some rows; the optimizer's groups, and its routing, of all ranks"""
+    params, slices = here(model)
+    tensors, first_rows = {}, {}
+    for name, p in params.items():
+        of_this = {f"model.{name}": p.detach()}
+        of_this |= {f"optimizer.{name}.{key}": t for key, t in optimizer.state.get(p, {}).items()}
+        if name in slices:
+            first_rows |= dict.fromkeys(of_this, slices[name].start)
+        tensors |= of_this
+    state = optimizer.state_dict()
+    groups, gates = state["param_groups"], state["routing"]["gates"]
+    if several():
+        by_place = {i: group for part in of_all(dict(zip(model.owners.places, groups)))
+                    for i, group in part.items()}
+        groups = [by_place[i] for i in sorted(by_place)]
+    return tensors, first_rows, groups, state["routing"] | {"gates": of_all_modules(model, gates)}
+
+@torch.no_grad()
+def restore(model, optimizer, saved, groups):
+    """Take what `kept` gave on any number of ranks. saved: lib.checkpoints.Saved."""
+    params, slices = here(model)
+    routing = saved.group("routing.")
+    for name, p in params.items():
+        p.copy_(saved.read(f"model.{name}", slices.get(name)))
+    if several():
+        for name, p in model.owners.params.items():
+            p.to_local().copy_(saved.read(f"model.{name}", model.owners.rows(name, rank())))
+        groups = [groups[i] for i in model.owners.places]
+        routing["gates"] = routing["gates"][model.owners.modules_here]
+    keys = {}                                   # {name of a parameter: [name in its state]}
+    for full_name in saved.where:
+        name, _, key = full_name.rpartition(".")
+        keys.setdefault(name, []).append(key)
+    names = {p: name for name, p in params.items()}
+    trained = [names[p] for group in optimizer.param_groups for p in group["params"]]
+    state = {}
+    for i, name in enumerate(trained):
+        state[i] = {key: saved.read(f"optimizer.{name}.{key}", slices.get(name))
+                    for key in keys.get(f"optimizer.{name}", [])}
+    numbers = iter(range(len(trained)))
+    groups = [group | {"params": [next(numbers) for _ in here["params"]]}
+              for group, here in zip(groups, optimizer.param_groups)]
+    optimizer.load_state_dict({"state": state, "param_groups": groups, "routing": routing})
+
+def own_randomness(a, step=0):
+    """The random numbers of dropout on this rank, from this step on: other ones than on other ranks."""
+    if rank():
+        torch.manual_seed(a.seed + step * n_ranks() + rank())
 
 def shard(model, device):
-    """FSDP2 takes the model: each block, then the rest of it, which is the root."""
+    """FSDP2 takes a model on the meta device: each block, then the rest of it, which is the root."""
     from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
                                         register_fsdp_forward_method)
     mesh = dist.device_mesh.init_device_mesh(device.type, (n_ranks(),))
@@ -264,6 +176,11 @@ def shard(model, device):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "loss")
+    model.to_empty(device=device)
+    # FSDP2 decides in its first forward pass where the rows lie
+    with torch.no_grad():
+        model.loss(*to_device([], device, EMPTY))
+    model.reshard()
 
 class Owners:
     """Who owns which layer of a model, and the exchange between the owners and FSDP2's rows.
@@ -271,50 +188,74 @@ class Owners:
         layers      those owned here, whole, with all their experts
         groups      the optimizer's: the experts in `layers`, and this rank's rows of what has no owner
         params      {name: parameter} of the model under FSDP2, where a folded layer has no experts
-        here        {name: parameter} of `layers`, and of the rows in `groups`"""
+        here        {name: parameter} of `layers`, and of the rows of what has no owner
+        slices      {name: slice} of the latter: which rows they are"""
 
-    def __init__(self, model, groups):
+    def __init__(self, model, groups, device, load):
         self.model = model
+        self.device = device
         self.rank = rank()
         self.ranks = range(n_ranks())
-        self.device = next(model.parameters()).device
-        found = {name: m for name, m in model.named_modules() if hasattr(m, "folded")}
+        found = dict(molf_layers(model))
         names = {p: name for name, p in model.named_parameters()}
-        self.specs = {name: (p.shape, p.dtype) for p, name in names.items()}
-        self.names = [[names[p] for p in group["params"]] for group in groups]
-        self.rest = [self.names[i][0] for i, group in enumerate(groups) if group["kind"] == "rest"]
-        self.own(found)
-        on_meta = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
-        self.empty = copy.deepcopy(model, on_meta)                          # to be filled by `whole`
-        shard(model, self.device)
-        self.params = dict(model.named_parameters())
-        self.here |= {name: nn.Parameter(self.params[name].to_local().detach()) for name in self.rest}
-        trained = [name for name, p in self.params.items() if p.requires_grad and name not in self.rest]
-        self.exchanged = self.in_groups(trained)
-        self.places = [i for i, names in enumerate(self.names) if names[0] in self.here]
-        self.groups = [groups[i] | {"params": [self.here[name] for name in self.names[i]]}
-                       for i in self.places]
-        for group in self.groups:
-            if group["kind"] != "rest":
-                group["weight"] = self.here[f"{group['module']}.weight"].detach()
-        if self.rank:
-            torch.manual_seed(torch.initial_seed() + self.rank)             # for dropout, and for coins
-
-    def own(self, found):
-        """found: {name: MoLFLinear}. Copy those of this rank. The model loses what FSDP2 does not need."""
+        group_names = [[names[p] for p in group["params"]] for group in groups]
         sizes = {name: sum(p.nbytes for p in layer.parameters()) for name, layer in found.items()}
         owner = balanced(sizes, len(self.ranks))
         self.n_modules = len(found)
         self.modules_here = [i for i, name in enumerate(found) if owner[name] == self.rank]
-        self.layers, self.here, self.owner = nn.ModuleList(), {}, {}
+        self.owner = {}                                             # {name of a parameter: a rank}
         for name, layer in found.items():
             self.owner |= {f"{name}.{leaf}": owner[name] for leaf, _ in layer.named_parameters()}
-            if owner[name] == self.rank:
-                self.layers.append(owned_copy(layer))
-                self.here |= {f"{name}.{leaf}": p for leaf, p in self.layers[-1].named_parameters()}
+        mine = take_experts({name: layer for name, layer in found.items()}, owner, self.rank)
+        self.empty = copy.deepcopy(model)                           # for `copy` to fill
+        shard(model, device)
+        self.params = dict(model.named_parameters())
+        self.fill(found, mine, load)
+        self.layers = nn.ModuleList(mine.values())
+        self.here = {f"{name}.{leaf}": p for name, layer in mine.items() for leaf, p in layer.named_parameters()}
+        self.slices = {name: self.rows(name, self.rank) for name in self.params if name not in self.owner}
+        for name in self.slices:
+            rows = self.params[name].to_local().detach()
+            self.here[name] = nn.Parameter(rows, self.params[name].requires_grad)
+        self.rest = [name for name in self.slices if self.here[name].requires_grad]
+        self.exchanged = self.in_groups([name for name, p in self.params.items()
+                                         if p.requires_grad and name in self.owner])
+        self.places = [i for i, names in enumerate(group_names) if names[0] in self.here]
+        self.groups = [groups[i] | {"params": [self.here[name] for name in group_names[i]]}
+                       for i in self.places]
+        for group in self.groups:
+            if group["kind"] != "rest":
+                group["weight"] = self.here[f"{group['module']}.weight"].detach()
+
+    @torch.no_grad()
+    def fill(self, found, mine, load):
+        """The base's rows from `load` to FSDP2, whole matrices to their owners, and all LoRA experts drawn as
+        in one process. mine: {name: layer} that is owned here, still without memory."""
+        base = [name for name in self.params if ".A." not in name and ".B." not in name]
+        load = load or from_files(self.model, self.device, {name: self.rows(name, self.rank) for name in base})
+        for name in base:
+            self.params[name].to_local().copy_(load(name, self.rows(name, self.rank)))
+        whole = {}
+        for name, layer in mine.items():
+            layer.to_empty(device=self.device)
+            whole |= {f"{name}.{leaf}": p for leaf, p in layer.named_parameters()}
+        groups = self.in_groups([name for name in base if name in self.owner])
+        for name, matrix in self.to_owners(groups, lambda name: self.params[name].to_local()):
+            whole[name].copy_(matrix)
+        for layer in mine.values():
             if layer.folded:
-                del layer.full
-                layer.A, layer.B = nn.ParameterList(), nn.ParameterList()
+                layer.start_full()
+        torch.manual_seed(torch.initial_seed())
+        dtype = self.params[base[0]].dtype
+        for name, layer in found.items():
+            for i, r in enumerate(layer.ranks):
+                a = draw_A(r, layer.in_features, self.device, dtype)
+                b = a.new_zeros(layer.out_features, r)
+                for key, matrix in ((f"{name}.A.{i}", a), (f"{name}.B.{i}", b)):
+                    if key in whole:
+                        whole[key].copy_(matrix)
+                    if key in self.params:
+                        self.params[key].to_local().copy_(matrix[self.rows(key, self.rank)])
 
     def in_groups(self, names):
         """-> [[[name] of each owner]], each for one all-to-all"""
@@ -329,13 +270,13 @@ class Owners:
 
     def rows(self, name, r):
         """The rows of a parameter that rank r has under FSDP2, which cuts like torch.chunk."""
-        n = self.specs[name][0][0]
+        n = self.params[name].shape[0]
         step = -(-n // len(self.ranks))
         return slice(min(r * step, n), min((r + 1) * step, n))
 
     def rows_shape(self, name, r):
         rows = self.rows(name, r)
-        return torch.Size((rows.stop - rows.start, *self.specs[name][0][1:]))
+        return torch.Size((rows.stop - rows.start, *self.params[name].shape[1:]))
 
     def exchange(self, send, shapes):
         """send[r]: tensors for rank r. shapes[r]: those of what comes from it. -> [[tensor]]. A rank may
@@ -350,19 +291,28 @@ class Owners:
         pieces = iter(received.split([n for part in numels for n in part]))
         return [[next(pieces).view(shape) for shape in part] for part in shapes]
 
+    def to_owners(self, groups, rows_of):
+        """rows_of(name): this rank's rows. Yields (name, whole tensor) of what is owned here."""
+        for group in groups:
+            mine = group[self.rank]
+            send = [[rows_of(name) for name in names] for names in group]
+            parts = self.exchange(send, [[self.rows_shape(name, r) for name in mine] for r in self.ranks])
+            del send
+            for name, *rows in zip(mine, *parts):
+                yield name, torch.cat(rows)
+
+    def take_grad(self, name):
+        """The rows of a gradient, which FSDP2 then has no more."""
+        rows = self.params[name].grad.to_local()
+        self.params[name].grad = None
+        return rows
+
     @torch.no_grad()
     def pull(self):
-        for group in self.exchanged:
-            mine = group[self.rank]
-            send = [[self.params[name].grad.to_local() for name in names] for names in group]
-            parts = self.exchange(send, [[self.rows_shape(name, r) for name in mine] for r in self.ranks])
-            for name, *rows in zip(mine, *parts):
-                self.here[name].grad = torch.cat(rows)
-            for name in sum(group, []):
-                self.params[name].grad = None
+        for name, gradient in self.to_owners(self.exchanged, self.take_grad):
+            self.here[name].grad = gradient
         for name in self.rest:
-            self.here[name].grad = self.params[name].grad.to_local()
-            self.params[name].grad = None
+            self.here[name].grad = self.take_grad(name)
 
     @torch.no_grad()
     def push(self):
@@ -375,76 +325,30 @@ class Owners:
                 self.params[name].to_local().copy_(rows)
 
     @torch.no_grad()
-    def whole(self):
+    def copy(self):
+        """The whole model on this GPU."""
         model = copy.deepcopy(self.empty)
         for name, p in self.params.items():
             model.load_state_dict({name: p.full_tensor()}, strict=False, assign=True)
         return model.train(self.model.training)
 
-    def from_rows(self, name, rows):
-        """This rank's rows of a tensor in the shape of a parameter -> the whole on the first rank's CPU"""
-        p = self.params[name]
-        t = dist.tensor.DTensor.from_local(rows, p.device_mesh, p.placements, run_check=False,
-                                           shape=p.shape, stride=p.stride()).full_tensor()
-        return t.cpu() if first() else None
+def take_experts(found, owner, rank):
+    """found: {name: MoLFLinear}, on the meta device. The model loses what FSDP2 does not need of them. ->
+    {name: copy} of those of this rank"""
+    mine = {}
+    for name, layer in found.items():
+        if layer.folded:
+            del layer.full                      # it starts when the weight is there
+        if owner[name] == rank:
+            mine[name] = copy.deepcopy(layer)
+        if layer.folded:
+            layer.A, layer.B = nn.ParameterList(), nn.ParameterList()
+    return mine
 
-    def from_owner(self, name, tensor, dtype):
-        """A tensor in the shape of a parameter, which its owner has -> on the first rank's CPU"""
-        owner = self.owner[name]
-        if owner == 0:
-            return tensor.cpu() if first() else None
-        if owner == self.rank:
-            dist.send(tensor.contiguous(), 0)
-        if not first():
-            return None
-        box = torch.empty(self.specs[name][0], dtype=dtype, device=self.device)
-        dist.recv(box, owner)
-        return box.cpu()
-
-    @torch.no_grad()
-    def state(self, optimizer):
-        model = {}
-        for name, (_, dtype) in self.specs.items():
-            if name in self.params:
-                model[name] = self.from_rows(name, self.params[name].to_local())
-            else:
-                model[name] = self.from_owner(name, self.here.get(name), dtype)
-        states = {}
-        for i, name in enumerate(sum(self.names, [])):
-            here = optimizer.state[self.here[name]] if name in self.here else {}
-            states[i] = {}
-            for key in ("exp_avg", "exp_avg_sq", *["master"] * (self.specs[name][1] != torch.float32)):
-                if name in self.rest:
-                    states[i][key] = self.from_rows(name, here[key])
-                else:
-                    states[i][key] = self.from_owner(name, here.get(key), torch.float32)
-        local = optimizer.state_dict()
-        groups = {}
-        for part in of_all(dict(zip(self.places, local["param_groups"]))):
-            groups |= part
-        numbers = iter(range(len(states)))
-        groups = [groups[i] | {"params": [next(numbers) for _ in names]}
-                  for i, names in enumerate(self.names)]
-        gates = of_all_modules(self.model, local["routing"]["gates"])
-        routing = {"gates": gates, "step": local["routing"]["step"].cpu()}
-        return model, {"state": states, "param_groups": groups, "routing": routing}
-
-    @torch.no_grad()
-    def load_state(self, optimizer, model_state, optimizer_state):
-        for name, p in self.params.items():
-            p.to_local().copy_(model_state[name][self.rows(name, self.rank)])
-        for name, p in self.here.items():
-            if name not in self.rest:
-                p.copy_(model_state[name])
-        saved = {name: optimizer_state["state"][i] for i, name in enumerate(sum(self.names, []))}
-        states, groups = {}, []
-        for i in self.places:
-            numbers = []
-            for name in self.names[i]:
-                rows = self.rows(name, self.rank) if name in self.rest else slice(None)
-                numbers.append(len(states))
-                states[len(states)] = {key: t[rows] for key, t in saved[name].items()}
-            groups.append(optimizer_state["param_groups"][i] | {"params": numbers})
-        routing = optimizer_state["routing"]
-        routing = routing | {"gates": routing["gates"][self.modules_here]}
-        optimizer.load_state_dict({"state": states, "param_groups": groups, "routing": routing})
+def from_files(model, device, rows):
+    """-> load(name, rows) of what the model's files have, from which no more than these rows are read"""
+    dtype = next(model.parameters()).dtype
+    with torch.device("meta"):
+        plain = Transformer(model.config)
+    weights = load_weights(plain, model.source, dtype, device, rows)
+    return lambda name, _: weights.pop(name)

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from data import TASKS, batch_of
-from lib import parallel
 from lib.evaluate import flat
 from lib.files import locked, read_record, save_safely
+from lib.ranks import first, of_all
 from lib.read import one_line
 from model import LOGIT_ROWS, molf_layers
 from molf import param_groups
@@ -141,7 +141,7 @@ def stop(error, more=""):
     speaks."""
     if isinstance(error, BrokenPipeError):
         raise error
-    sys.exit(f"error: {one_line(error)}{more}" if parallel.first() else 1)
+    sys.exit(f"error: {one_line(error)}{more}" if first() else 1)
 
 def log_line(r, total):
     """The record of a step as a line to read."""
@@ -229,7 +229,7 @@ def share_changed(before, after):
     if not before:
         return None
     changed = sum((new != old).sum() for new, old in zip(after, before)).item()
-    counts = parallel.of_all((changed, sum(t.numel() for t in before)))
+    counts = of_all((changed, sum(t.numel() for t in before)))
     return sum(changed for changed, _ in counts) / sum(n for _, n in counts)
 
 def read_first_result(path):
@@ -275,6 +275,7 @@ def print_summary(gates, module_names, losses, a, out):
         print(f"\n{what} the {first} expert:  "
               + "  ".join(f"{kind} {share:.0%}" for kind, share in shares.items()))
     trained, exported = losses["trained"], losses["exported"]
-    print(f"\nmodel: {out / 'model'}   loss of a batch, trained {trained:.6f}, exported {exported:.6f}")
-    if a.export_dtype == "bf16" and exported > 1.05 * trained:
+    compared = "not compared" if exported is None else f"{exported:.6f}"
+    print(f"\nmodel: {out / 'model'}   loss of a batch, trained {trained:.6f}, exported {compared}")
+    if a.export_dtype == "bf16" and exported and exported > 1.05 * trained:
         print("bf16 has rounded away a part of what was learnt: --export-dtype fp32 keeps it")

@@ -25,7 +25,8 @@ from torch import nn
 import data
 import molf
 import train
-from lib.files import (Checkpoints, download, find_checkpoint, hub_files, last_checkpoint, locked, log_until,
+from lib.checkpoints import Checkpoints, last_checkpoint
+from lib.files import (download, find_checkpoint, hub_files, locked, log_until,
                        only_one, read_record, refuse_infinite, run_flags, save_record, save_safely,
                        weight_files)
 from model import Transformer, add_experts
@@ -498,7 +499,7 @@ def test_a_checkpoint_is_one_safetensors_file_whose_names_tell_the_kinds(tmp_pat
     kinds = {name.partition(".")[0] for name in tensors}
     assert kinds == {"model", "optimizer", "routing", "history", "rng"}
     assert torch.equal(tensors["model.0.weight"], model[0].weight)
-    assert torch.equal(tensors["optimizer.0.exp_avg"], optimizer.state[model[0].weight]["exp_avg"])
+    assert torch.equal(tensors["optimizer.0.weight.exp_avg"], optimizer.state[model[0].weight]["exp_avg"])
     assert torch.equal(tensors["routing.gates"], tensors["history.gates"][-1])
     assert tensors["routing.step"].dtype == torch.int64 and tensors["routing.step"].shape == ()
     with safe_open(file, "pt") as f:
@@ -559,7 +560,7 @@ def rewritten(change):
     rewritten(lambda header, tensors: tensors.pop("rng.cpu")),
     rewritten(lambda header, tensors: tensors.update({"model.0.weight": torch.zeros(3)})),
     rewritten(lambda header, tensors: tensors.update({"model.0.weight": tensors["model.0.weight"].double()})),
-    rewritten(lambda header, tensors: tensors["optimizer.0.exp_avg"][:2].zero_()),
+    rewritten(lambda header, tensors: tensors["optimizer.0.weight.exp_avg"][:2].zero_()),
     rewritten(lambda header, tensors: tensors["history.won"].logical_not_()),
     lambda file: file.write_bytes(b""), lambda file: file.write_bytes(b"\0" * 10 ** 4),
     lambda file: file.write_bytes(file.read_bytes()[8:])])
@@ -602,12 +603,12 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_whole_one(tmp_path,
         path.write_bytes(b"half")
         raise SafetensorError("No space left on device")
     with monkeypatch.context() as patch:
-        patch.setattr("lib.files.save_file", full_disk)
+        patch.setattr("lib.checkpoints.save_file", full_disk)
         with pytest.raises(OSError, match="No space left on device"):
             checkpoints.save(1, {})
     assert last_checkpoint(tmp_path) == "the last whole checkpoint: none"
     checkpoints.save(1, {})
-    monkeypatch.setattr("lib.files.save_file", full_disk)
+    monkeypatch.setattr("lib.checkpoints.save_file", full_disk)
     (whole,) = checkpoints.files()
     with pytest.raises(OSError, match="No space left on device"):
         checkpoints.save(2, {})

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, safe_open
 
 import data
 import train
-from lib import parallel
+from lib import parallel, ranks
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("--limit", 40, "--eval-limit", 8, "--epochs", 2, "--batch-size", 16, "--log-every", 1,

@@ -27,7 +27,7 @@ import lib.report
 import molf
 import train
 from data import Tokenizer, encode
-from lib.files import Checkpoints
+from lib.checkpoints import Checkpoints
 from lib.report import estimate_bytes
 from model import Packed, Transformer, add_experts, fold, unfold
 from molf import MoLFAdamW, param_groups
