@@ -440,7 +440,7 @@ def run(model, tokenizer, rows, inputs, a, out):
         clear_run(out)
         save_record(out / "config.json", record)                # for --resume
     ranks.wait()
-    ranks.refuse_differences({f"{out}: do all see one directory?": (out / "config.json").exists()})
+    ranks.refuse_differences({f"{out}, which all must see": (out / "config.json").exists()})
     if not a.eval_only:
         record |= prepare(model, rows, a)
         groups = param_groups(model, a.lr, a.lora_lr, a.weight_decay, a.lora_weight_decay)

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lib import parallel
-from lib.files import digest, save_safely
+from lib.files import digest, write_safely
 from lib.ranks import first, largest, n_ranks, of_all, on_first, rank, together, wait
 
 def checkpoint_files(out):
@@ -54,7 +54,7 @@ def write(file, header, tensors):
     """OSError if it cannot be written."""
     tensors = {name: t.contiguous() for name, t in tensors.items()}         # safetensors wants them so
     header = header | {"checksum": checksum(header, tensors.items())}
-    save_safely(file, lambda path: save_file(tensors, path, header))
+    write_safely(file, lambda path: save_file(tensors, path, header))
 
 def damage(file):
     """-> what is wrong with a file that `write` wrote, as a text; None if nothing is"""
@@ -135,10 +135,16 @@ class Checkpoints:
                 header["seconds"] = str(time.perf_counter() - self.begin)
                 header["param_groups"] = json.dumps(groups)
                 write(file, header, tensors)
-                for old in self.files()[:-self.a.keep]:
-                    for part in [old, *old.parent.glob(f"{old.stem}.rank-*")]:
-                        part.unlink()
+                self.delete_old(file)
         self.saved = step
+
+    def delete_old(self, newest):
+        for old in self.files()[:-self.a.keep]:
+            old.unlink()                        # first, because without it the others count for nothing
+            for part in self.folder.glob(f"{old.stem}.rank-*"):
+                part.unlink()
+        for part in set(self.folder.glob(f"{newest.stem}.rank-*")).difference(files_of(newest, n_ranks())):
+            part.unlink()                       # another number of ranks has saved this step before
 
     def wanted(self):
         """The number of the signal that asked to leave, on any rank; 0 if none did."""

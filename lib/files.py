@@ -30,10 +30,13 @@ COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "voc
               "generation_config.json")
 
 def save_safely(path, content):
+    """As write_safely; but of several ranks only the first writes."""
+    if first():
+        write_safely(path, content)
+
+def write_safely(path, content):
     """Write a text, or call content(temporary path), then rename: a good file is never half replaced.
-    OSError if it cannot be written. Of several ranks only the first writes."""
-    if not first():
-        return
+    OSError if it cannot be written."""
     temporary = Path(f"{path}.tmp")
     try:
         if callable(content):

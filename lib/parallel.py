@@ -69,7 +69,7 @@ def of_all_modules(model, x):
     if not several():
         return x
     whole = x.new_zeros(*x.shape[:-2], model.owners.n_modules, x.shape[-1])
-    whole[..., model.owners.modules_here, :] = x
+    whole[..., model.owners.modules_here.to(x.device), :] = x
     dist.all_reduce(whole)
     return whole
 
@@ -142,7 +142,7 @@ def restore(model, optimizer, saved, groups):
         for name, p in model.owners.params.items():
             p.to_local().copy_(saved.read(f"model.{name}", model.owners.rows(name, rank())))
         groups = [groups[i] for i in model.owners.places]
-        routing["gates"] = routing["gates"][model.owners.modules_here]
+        routing["gates"] = routing["gates"][model.owners.modules_here.cpu()]
     keys = {}                                   # {name of a parameter: [name in its state]}
     for full_name in saved.where:
         name, _, key = full_name.rpartition(".")
@@ -163,14 +163,21 @@ def own_randomness(a, step=0):
     if rank():
         torch.manual_seed(a.seed + step * n_ranks() + rank())
 
+def small(model, device):
+    """Do all weights as forward and backward use them take less than an eighth of a GPU? Then they stay
+    gathered from forward to backward, and are not gathered twice."""
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    return sum(p.nbytes for p in model.parameters()) < memory / 8
+
 def shard(model, device):
     """FSDP2 takes a model on the meta device: each block, then the rest of it, which is the root."""
     from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
                                         register_fsdp_forward_method)
     mesh = dist.device_mesh.init_device_mesh(device.type, (n_ranks(),))
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)       # bf16 gradients are added up in fp32
+    # Gradients in bf16 are added up in fp32. The sum of two is rounded once in either way.
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if n_ranks() > 2 else None)
     for module in [*model.model["layers"], model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=not small(model, device))
     for module in model.modules():
         if isinstance(module, FSDPModule):      # a sum, not the mean: the loss is divided by all targets
             module.set_gradient_divide_factor(1.0)
@@ -202,7 +209,8 @@ class Owners:
         sizes = {name: sum(p.nbytes for p in layer.parameters()) for name, layer in found.items()}
         owner = balanced(sizes, len(self.ranks))
         self.n_modules = len(found)
-        self.modules_here = [i for i, name in enumerate(found) if owner[name] == self.rank]
+        here = [i for i, name in enumerate(found) if owner[name] == self.rank]
+        self.modules_here = torch.tensor(here, device=device)
         self.owner = {}                                             # {name of a parameter: a rank}
         for name, layer in found.items():
             self.owner |= {f"{name}.{leaf}": owner[name] for leaf, _ in layer.named_parameters()}
@@ -281,9 +289,7 @@ class Owners:
     def exchange(self, send, shapes):
         """send[r]: tensors for rank r. shapes[r]: those of what comes from it. -> [[tensor]]. A rank may
         have nothing to send, or nothing to receive."""
-        dtype = next(iter(self.params.values())).dtype
-        flat = [t.reshape(-1) for part in send for t in part]
-        flat = torch.cat([torch.empty(0, dtype=dtype, device=self.device), *flat])
+        flat = torch.cat([self.new(0), *(t.reshape(-1) for part in send for t in part)])
         numels = [[shape.numel() for shape in part] for part in shapes]
         received = flat.new_empty(sum(map(sum, numels)))
         sent = [sum(t.numel() for t in part) for part in send]
@@ -291,15 +297,19 @@ class Owners:
         pieces = iter(received.split([n for part in numels for n in part]))
         return [[next(pieces).view(shape) for shape in part] for part in shapes]
 
+    def new(self, shape):
+        return torch.empty(shape, dtype=next(iter(self.params.values())).dtype, device=self.device)
+
     def to_owners(self, groups, rows_of):
         """rows_of(name): this rank's rows. Yields (name, whole tensor) of what is owned here."""
         for group in groups:
             mine = group[self.rank]
             send = [[rows_of(name) for name in names] for names in group]
             parts = self.exchange(send, [[self.rows_shape(name, r) for name in mine] for r in self.ranks])
-            del send
-            for name, *rows in zip(mine, *parts):
-                yield name, torch.cat(rows)
+            whole = [self.new(self.params[name].shape) for name in mine]
+            places = [matrix[self.rows(name, r)] for r in self.ranks for name, matrix in zip(mine, whole)]
+            copy_all(sum(parts, []), places)
+            yield from zip(mine, whole)
 
     def take_grad(self, name):
         """The rows of a gradient, which FSDP2 then has no more."""
@@ -321,8 +331,7 @@ class Owners:
                     for r in self.ranks]
             parts = self.exchange(send, [[self.rows_shape(name, self.rank) for name in names]
                                          for names in group])
-            for name, rows in zip(sum(group, []), sum(parts, [])):
-                self.params[name].to_local().copy_(rows)
+            copy_all(sum(parts, []), [self.params[name].to_local() for name in sum(group, [])])
 
     @torch.no_grad()
     def copy(self):
@@ -331,6 +340,11 @@ class Owners:
         for name, p in self.params.items():
             model.load_state_dict({name: p.full_tensor()}, strict=False, assign=True)
         return model.train(self.model.training)
+
+def copy_all(tensors, places):
+    """Copy each tensor into its place, in few kernels."""
+    if tensors:
+        torch._foreach_copy_(places, tensors)
 
 def take_experts(found, owner, rank):
     """found: {name: MoLFLinear}, on the meta device. The model loses what FSDP2 does not need of them. ->

@@ -32,10 +32,22 @@ def processes():
             wait()
     except RuntimeError as e:
         if not (isinstance(e, dist.DistError) or "gloo" in str(e)):
-            raise
+            raise                               # without an end of the group: that might wait for ever
         sys.exit(f"rank {rank()}: another rank has left")       # which says why
-    finally:
-        dist.destroy_process_group()
+    except SystemExit as e:
+        leave(e.code)
+    leave(0)
+
+def leave(code):
+    """End the process, as sys.exit(code) would. But gloo has threads that outlive its group, and that may abort
+    a process whose Python shuts down beside them."""
+    dist.destroy_process_group()
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
 
 def several():
     return dist.is_initialized()

@@ -91,7 +91,7 @@ def test_a_fast_step_leaves_everything_in_its_place():
     optimizer = MoLFAdamW([torch.nn.Parameter(torch.ones(2))])
     with replaced({(optimizer, "rates"): len}):
         assert optimizer.rates is len
-    assert "rates" not in vars(optimizer) and optimizer.rates([True]).shape == (1, 5)
+    assert "rates" not in vars(optimizer) and optimizer.rates([True]).shape == (1, 6)
 
 
 def test_padded_sizes_are_few_and_little_larger():
@@ -108,7 +108,7 @@ def test_a_batch_is_cut_evenly_and_into_few_sizes():
     step = FastStep(None, model, MoLFAdamW(param_groups(model)), batches, 4096, 32)
     seen = set()
     for batch in batches:
-        n, micros = step.cut(batch)
+        n, (micros,) = step.cut(batch)
         sizes = [data.count_tokens(m) for m in micros]
         assert [e for m in micros for e in m] == batch and max(sizes) <= min(n, 4096)
         assert len(micros) == len(list(data.micro_batches(batch, 4096)))
@@ -116,7 +116,7 @@ def test_a_batch_is_cut_evenly_and_into_few_sizes():
         seen.add((n, len(micros)))
     assert len(seen) < 60
     long = [data.Example([1] * 5000, 10, 0), data.Example([1] * 10, 5, 0)]      # longer than --max-tokens
-    assert [len(m) for m in step.cut(long)[1]] == [1, 1]
+    assert [len(m) for m in step.cut(long)[1][0]] == [1, 1]
 
 
 @needs_gpu

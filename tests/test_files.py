@@ -44,7 +44,7 @@ def test_a_failed_write_leaves_the_good_file(tmp_path, monkeypatch):
     def full_disk(state, path, metadata):
         path.write_bytes(b"half")
         raise OSError("No space left on device")
-    monkeypatch.setattr("model.save_file", full_disk)
+    monkeypatch.setattr("lib.files.save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == good

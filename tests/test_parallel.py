@@ -4,6 +4,8 @@ import contextlib
 import json
 import multiprocessing
 import os
+import random
+import re
 import shutil
 import signal
 import socket
@@ -18,7 +20,11 @@ from safetensors.torch import load_file, safe_open
 
 import data
 import train
-from lib import parallel, ranks
+from lib import ranks as ranks_
+from lib.checkpoints import Saved, checkpoint_files, files_of, write
+from lib.fast import FastStep
+from model import Transformer, add_experts
+from molf import MoLFAdamW, param_groups
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("--limit", 40, "--eval-limit", 8, "--epochs", 2, "--batch-size", 16, "--log-every", 1,
@@ -145,11 +151,18 @@ def test_torchrun_starts_two_ranks_and_one_is_bit_identical_to_none(tmp_path):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "none" / name).read_bytes()
 
 
-def checkpoint(out):
-    file, = (out / "checkpoints").glob("step-*")
-    with safe_open(file, "pt") as f:
-        header = f.metadata()
-        return header, {name: f.get_tensor(name) for name in f.keys()}
+def saved_in(out, n):
+    """-> what the one checkpoint of a run of n ranks holds: its step, and {name: tensor}"""
+    folder = out / "checkpoints"
+    file, = checkpoint_files(out)
+    assert set(folder.iterdir()) == set(files_of(file, n))
+    for part in files_of(file, n):
+        names = load_file(part).keys()
+        assert any(name.endswith(".exp_avg") for name in names)             # each rank keeps a part
+        assert ("rng.cpu" in names) == (part == file)
+    saved = Saved(files_of(file, n))
+    assert saved.header["ranks"] == str(n)
+    return int(saved.header["step"]), {name: saved.read(name) for name in saved.where}
 
 
 def save_again(model, optimizer, examples, a, log, held_out, checkpoints, start):
@@ -162,8 +175,9 @@ def only_save(r):
     train.train = save_again
 
 
-@pytest.mark.parametrize("method, numbers", [("molf", (1, 3)), ("lora", (2,))])
-def test_a_signal_to_one_rank_saves_and_any_number_of_ranks_goes_on(method, numbers, tmp_path):
+@pytest.mark.parametrize("method, numbers", [("molf", (3, 1, 4)), ("lora", (1, 3))])
+def test_any_number_of_ranks_goes_on_with_what_another_number_saved(method, numbers, tmp_path):
+    """A signal to one rank stops all. Who loads a checkpoint holds, to the bit, what was saved."""
     flags = *SMALL, "--epochs", 3, "--method", method
     one(tmp_path / "one", *flags)
     out = tmp_path / "several"
@@ -173,30 +187,52 @@ def test_a_signal_to_one_rank_saves_and_any_number_of_ranks_goes_on(method, numb
     codes, stdout, stderr = started.end()
     assert codes == [143, 143], stderr
     assert stdout[0].count("stopped after step") == 1 and not stdout[1] and stderr == ["", ""]
-    header, tensors = checkpoint(out)
-    assert 2 <= int(header["step"]) < 9
-
-    # whoever loads it holds, to the bit, what was saved
+    step, tensors = saved_in(out, 2)
+    assert 2 <= step < 9
+    assert tensors.keys() == saved_by_one(tmp_path, flags).keys()
+    shutil.copytree(out, tmp_path / "by-one")
     for n in numbers:
-        other = tmp_path / f"again-{n}"
-        shutil.copytree(out, other)
-        file, = (other / "checkpoints").glob("step-*")
-        before = file.stat().st_mtime_ns
-        codes, _, stderr = Ranks(n, other, "--resume", setup=only_save).end()
+        codes, _, stderr = Ranks(n, out, "--resume", setup=only_save).end()
         assert codes == [0] * n, stderr
-        assert file.stat().st_mtime_ns > before
-        _, again = checkpoint(other)
+        _, again = saved_in(out, n)
         assert again.keys() == tensors.keys()
         for name, t in tensors.items():
             assert t.dtype == again[name].dtype and torch.equal(t, again[name]), name
 
-    # two ranks -> one process -> the run that one process makes
-    shutil.copytree(out, tmp_path / "by-one")
+    # two ranks -> one process -> the run that one process makes, and likewise from the last number to two
     one(tmp_path / "by-one", "--resume")
     assert_same_run(tmp_path / "one", tmp_path / "by-one")
-    if method == "molf":
-        ranks(3, out, "--resume")
-        assert_same_run(tmp_path / "one", out)
+    ranks(2, out, "--resume")
+    assert_same_run(tmp_path / "one", out)
+
+
+def saved_by_one(tmp_path, flags):
+    """-> {name: tensor} of a checkpoint of one process"""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "train", lambda *args: save_again(*args[:-1], (2, {"gates": torch.zeros(2, 2, 1),
+                                                                               "scores": torch.zeros(2)})))
+        one(tmp_path / "saved", *flags)
+    return saved_in(tmp_path / "saved", 1)[1]
+
+
+def test_a_checkpoint_without_the_file_of_a_rank_is_refused(tmp_path):
+    out = tmp_path / "run"
+    flags = *SMALL, "--limit", 16, "--epochs", 1
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "train", lambda *args: save_again(*args[:-1], (1, {"gates": torch.zeros(1)})))
+        one(out, *flags)
+    file, = checkpoint_files(out)
+    with safe_open(file, "pt") as f:
+        header = dict(f.metadata())
+    header.pop("checksum")
+    write(file, header | {"ranks": "2"}, load_file(file))
+    before = sorted(out.rglob("*"))
+    message = f"error: {files_of(file, 2)[1]} is missing, one of the 2 files of a checkpoint"
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        one(out, "--resume")
+    codes, stdout, stderr = Ranks(2, out, "--resume").end()
+    assert codes == [1, 1] and stderr[0].splitlines()[-1].startswith(message) and not stderr[1]
+    assert sorted(out.rglob("*")) == before
 
 
 def wait_for(condition):
@@ -209,25 +245,46 @@ def wait_for(condition):
 def test_a_batch_is_shared_among_the_ranks_disjoint_complete_and_in_equal_numbers(monkeypatch):
     lengths = [5, 90, 3, 3, 40, 8, 60, 2, 2, 31]
     batch = [data.Example(list(range(n)), 1, i) for i, n in enumerate(lengths)]
-    cut = lambda examples: data.micro_batches(examples, 100)
     for n in (1, 2, 3, 12):
-        monkeypatch.setattr(parallel, "n_ranks", lambda: n)
+        monkeypatch.setattr(ranks_, "n_ranks", lambda: n)
         found = []
         for r in range(n):
-            monkeypatch.setattr(parallel, "rank", lambda: r)
-            found.append(parallel.share(batch, cut))
+            monkeypatch.setattr(ranks_, "rank", lambda: r)
+            found.append(train.own_micros(batch, 100))
         assert len({len(micros) for micros in found}) == 1
         rows = [e.row for micros in found for micro in micros for e in micro]
         assert sorted(rows) == list(range(10))
-        tokens = [sum(len(e.ids) for micro in micros for e in micro) for micros in found]
+        tokens = [sum(map(data.count_tokens, micros)) for micros in found]
         assert max(tokens) <= max(90, sum(lengths) / n + 5)
-        assert n > 1 or found[0] == list(cut(batch))
+        assert n > 1 or found[0] == list(data.micro_batches(batch, 100))
         parts = []
         for r in range(n):
-            monkeypatch.setattr(parallel, "rank", lambda: r)
-            parts.append(parallel.part_of(lengths))
-        monkeypatch.setattr(parallel, "of_all", lambda part: parts)
-        assert parallel.gathered(None) == lengths
+            monkeypatch.setattr(ranks_, "rank", lambda: r)
+            parts.append(ranks_.part_of(lengths, None))
+        monkeypatch.setattr(ranks_, "of_all", lambda part: parts)
+        assert ranks_.gathered(None, None) == lengths
+
+
+def test_a_compiled_step_cuts_a_batch_of_several_ranks_into_one_size(monkeypatch):
+    """Graphs of all ranks gather the weights together, so their micro-batches have one number and one size."""
+    rng = random.Random(0)
+    batches = [[data.Example([1] * rng.randint(20, 900), 10, i) for i in range(32)] for _ in range(50)]
+    batches[-1] = batches[-1][:2]                           # fewer sequences than ranks
+    model = Transformer.from_pretrained("toy")
+    add_experts(model, ranks=(2,))
+    for n in (2, 3):
+        monkeypatch.setattr(ranks_, "n_ranks", lambda: n)
+        step = FastStep(None, model, MoLFAdamW(param_groups(model)), batches, 4096, 32)
+        for batch in batches:
+            size, of_ranks = step.cut(batch)
+            assert len({len(micros) for micros in of_ranks}) == 1 < 1 + len(of_ranks[0])
+            assert sorted(e.row for micros in of_ranks for m in micros for e in m) == [e.row for e in batch]
+            assert max(data.count_tokens(m) for micros in of_ranks for m in micros) <= size <= 4096
+            for r in range(n):
+                monkeypatch.setattr(ranks_, "rank", lambda: r)
+                micros, n_targets = step.inputs(batch)
+                assert {tuple(m[0].shape) for m in micros} == {(size,)}
+                assert n_targets == data.count_targets(batch)
 
 
 @pytest.mark.parametrize("flags, more, message", [
@@ -260,6 +317,11 @@ def no_model(r):
     train.find_checkpoint = find if r else train.find_checkpoint
 
 
+def other_disk(r):
+    os.makedirs(f"disk{r}")
+    os.chdir(f"disk{r}")
+
+
 @pytest.mark.parametrize("setup, message", [
     (other_rows, "error: rank 1 is not like rank 0 in training rows"),
     (no_model, "error: rank 1: no directory toy"),
@@ -271,14 +333,14 @@ def test_ranks_on_machines_with_other_files_are_refused(setup, message, tmp_path
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):
-    monkeypatch.setattr(parallel, "several", lambda: True)
+    monkeypatch.setattr(ranks_, "several", lambda: True)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert parallel.own_device("cuda") == "cuda:1" and parallel.own_device("cpu") == "cpu"
+    assert ranks_.own_device("cuda") == "cuda:1" and ranks_.own_device("cpu") == "cpu"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match="2 ranks on this machine, but 1 GPUs"):
-        parallel.own_device("cuda")
+        ranks_.own_device("cuda")
 
 
 def test_a_rank_that_dies_ends_the_others_in_one_line(tmp_path):

@@ -498,17 +498,16 @@ def test_a_run_resumed_on_a_gpu_has_the_same_losses(method, tmp_path):
 
 CHILD = """import os, signal, sys
 sys.path.insert(0, {root!r})
-import lib.files, train
-write, count = lib.files.save_safely, [0]
+import lib.checkpoints, train
+write, count = lib.checkpoints.write_safely, [0]
 def dying(path, content):
-    if "checkpoints" in str(path):
-        count[0] += 1
-        if count[0] == {n}:
-            def content(temporary):
-                open(temporary, "wb").write(b"half of it")
-                os.kill(os.getpid(), signal.SIGKILL)
+    count[0] += 1
+    if count[0] == {n}:
+        def content(temporary):
+            open(temporary, "wb").write(b"half of it")
+            os.kill(os.getpid(), signal.SIGKILL)
     write(path, content)
-lib.files.save_safely = dying
+lib.checkpoints.write_safely = dying
 train.main(sys.argv[1:])
 """
 RUN = ["--limit", "16", "--epochs", "8", "--batch-size", "4", "--eval-limit", "4", "--score", "random",
