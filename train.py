@@ -36,6 +36,7 @@ from lib.fast import FastStep
 from lib.files import (clear_run, digest, empty, find_checkpoint, log_until, only_one, refuse_other_inputs,
                        refuse_to_replace, refuse_unwritable, run_flags, run_inputs, save_record, save_safely,
                        set_eos)
+from lib.memory import estimate_bytes, largest_share
 from lib.report import (begun, count_parameters, discard_stdout, escape_unprintable, log_line, peak_memory,
                         print_bytes, print_results, print_summary, provenance, quiet_ends, read_first_result,
                         read_table, sample, save_results, share_changed, stop, stop_if_not_finite,
@@ -53,7 +54,7 @@ PAPER = dict(lr=5e-5, lora_lr=5e-5, alpha=32,
 TOY = dict(lr=1e-3, lora_lr=1e-3, alpha=12,
            ranks={"fft": [], "lora": [16], "molf": [16], "molf-e": [4, 16]})
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-OF_THIS_CALL = "out", "overwrite", "resume", "dry_run"                      # not a part of what the run is
+OF_THIS_CALL = "out", "overwrite", "resume", "dry_run", "world_size"        # not a part of what the run is
 # --resume may change these
 MAY_CHANGE = OF_THIS_CALL + ("log_every", "save_every", "keep", "device", "eager", "max_tokens")
 EVALUATION_FLAGS = "task", "data", "eval_data", "limit", "eval_limit", "dtype", "max_tokens", "max_length"
@@ -110,6 +111,8 @@ def make_parser():
     add("--seed", type=int, default=42, help="of experts, order of the data and dropout (default: 42)")
     add("--log-every", type=int, default=10, help="steps between log lines (default: 10)")
     add("--dry-run", action="store_true", help="print counts, bytes by kind, number of steps; then stop")
+    add("--world-size", type=int, metavar="N", help="with --dry-run: count the bytes of one of N GPUs "
+        "(default: as torchrun says, or 1)")
     return p
 
 def parse(p, argv):
@@ -184,6 +187,8 @@ def set_defaults(p, a):
     task, toy = data.TASKS[a.task], a.model == "toy"
     full = a.method in ("fft", "molf")
     a.data = a.data or ("toy" if toy else "hub")
+    if a.world_size is not None and not a.dry_run:
+        p.error("--world-size goes with --dry-run; to train on several GPUs, start torchrun")
     if a.eval_data is None:
         if a.data not in ("hub", "toy") and not task.tests_training_rows:
             p.error(f"--data {a.data} wants --eval-data FILE: rows of {a.task} to evaluate on")
@@ -192,6 +197,7 @@ def set_defaults(p, a):
     defaults["ranks"] = defaults["ranks"][a.method]
     defaults["epochs"] = task.toy_epochs if toy else task.epochs
     defaults["rest"] = "train" if full else "freeze"
+    defaults["world_size"] = parallel.n_ranks()
     defaults["dtype"] = "bfloat16" if a.device.startswith("cuda") else "float32"
     for key, value in defaults.items():
         if getattr(a, key) is None:
@@ -206,12 +212,12 @@ def refuse_nonsense(p, a):
     if not 1 <= a.top_k <= experts:
         p.error(f"--top-k {a.top_k}: {a.method} with ranks {a.ranks} has {experts} experts a module")
     for key in ("epochs", "batch_size", "max_tokens", "max_length", "limit", "eval_limit", "eval_every",
-                "log_every", "save_every", "keep"):
+                "log_every", "save_every", "keep", "world_size"):
         value = getattr(a, key)
         if value is not None and value < 1:
             p.error(f"--{key.replace('_', '-')} must be at least 1")
-    if a.batch_size < ranks.n_ranks():
-        p.error(f"--batch-size {a.batch_size}: fewer sequences than the {ranks.n_ranks()} ranks")
+    if a.batch_size < a.world_size:
+        p.error(f"--batch-size {a.batch_size}: fewer sequences than the {a.world_size} ranks")
     if a.dropout and a.checkpointing and not a.eager and a.device.startswith("cuda"):
         p.error("--checkpointing with --dropout wants --eager: a CUDA graph can't repeat the random numbers")
     if min(a.lr, a.lora_lr, a.weight_decay, a.lora_weight_decay) < 0 or min(a.alpha, a.clip) <= 0:
@@ -384,8 +390,8 @@ def load_and_run(a, out):
             read_table(out.parent / "results.csv")
             source = find_checkpoint(a.model)
             config, tokenizer = read_config(source), Tokenizer.from_file(source)
-            if len(TARGETS) * config.num_hidden_layers < ranks.n_ranks():
-                raise ValueError(f"{ranks.n_ranks()} ranks, but the model has fewer linear layers to own")
+            if len(TARGETS) * config.num_hidden_layers < a.world_size:
+                raise ValueError(f"{a.world_size} ranks, but the model has fewer linear layers to own")
             if tokenizer.vocab_size > config.vocab_size:
                 raise ValueError(f"{source}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the "
                                  f"embedding has {config.vocab_size} rows: do they belong together?")
@@ -415,8 +421,10 @@ def dry_run(config, rows, a):
     with torch.device("meta"):
         model = Transformer(config).to(getattr(torch, a.dtype))
     steps = prepare(model, rows, a)["steps"]
-    longest = max(count_tokens(batch_of(i, rows.examples, a)) for i in range(steps // a.epochs))
-    print_bytes(model, a, min(longest, a.max_tokens))
+    batches = (batch_of(i, rows.examples, a) for i in range(steps // a.epochs))
+    tokens = max(largest_share(batch, a.world_size, a.max_tokens) for batch in batches)
+    print(f"world size {a.world_size}, up to {tokens:,} tokens in a micro-batch of a GPU:")
+    print_bytes(estimate_bytes(model, a, tokens, a.world_size))
 
 def prepare(model, rows, a):
     """Put the experts in, and say what there is to do."""

@@ -22,7 +22,6 @@ from lib.evaluate import flat
 from lib.files import locked, read_record, save_safely
 from lib.ranks import first, of_all
 from lib.read import one_line
-from model import LOGIT_ROWS, molf_layers
 from molf import param_groups
 
 CSV_COLUMNS = ("date run task model data eval_data method rest score route top_k ranks alpha lr lora_lr "
@@ -85,27 +84,9 @@ def count_parameters(model):
     counts["frozen"] = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     return dict(+counts)
 
-def estimate_bytes(model, a, tokens):
-    """What training keeps on the device, by kind, with micro-batches of `tokens` tokens. Activations are
-    reckoned from what autograd saves of a block; the loss holds three fp32 copies of a piece of logits."""
-    c = model.config
-    trained = {p for g in param_groups(model) for p in g["params"]}
-    folded = {layer.weight: layer.full for _, layer in molf_layers(model) if layer.folded}
-    heads = c.head_dim * (2 * c.num_attention_heads + 4 * c.num_key_value_heads)
-    block = 12 * c.hidden_size + 3 * heads + 5 * c.intermediate_size
-    saved = c.num_hidden_layers * c.hidden_size + block if a.checkpointing else c.num_hidden_layers * block
-    # A folded layer's gradient is its full expert's: one full-size gradient, in the model's dtype.
-    with_gradient = (trained | set(folded)) - set(folded.values())
-    return {"weights": sum(p.numel() * p.element_size() for p in model.parameters()),
-            "gradients": sum(p.numel() * p.element_size() for p in with_gradient),
-            "moments and masters": sum(p.numel() * (8 + 4 * (p.element_size() < 4)) for p in trained),
-            "activations (estimate)": tokens * saved * getattr(torch, a.dtype).itemsize,
-            "logits (estimate)": 12 * min(tokens, LOGIT_ROWS) * c.vocab_size}
-
-def print_bytes(model, a, tokens):
-    sizes = estimate_bytes(model, a, tokens)
-    for kind, n in {**sizes, "peak (estimate)": sum(sizes.values())}.items():
-        print(f"  {kind:24s}{n / 1e9:9.3f} GB")
+def print_bytes(sizes):
+    for kind, n in sizes.items():
+        print(f"  {kind:26s}{n / 1e9:9.3f} GB")
 
 def escape_unprintable():
     """A terminal may not know the characters that a model writes: print them as escapes, do not fail."""

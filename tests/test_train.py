@@ -28,7 +28,6 @@ import molf
 import train
 from data import Tokenizer, encode
 from lib.checkpoints import Checkpoints
-from lib.report import estimate_bytes
 from model import Packed, Transformer, add_experts, fold, unfold
 from molf import MoLFAdamW, param_groups
 
@@ -449,27 +448,6 @@ def test_warm_up_then_cosine_to_zero():
     assert f[0] == pytest.approx(0.1) and f[9] == f[10] == 1 and f[55] == pytest.approx(0.5)
     assert 0 < f[99] < 1e-3
     assert train.lr_factor(0, 1, 0.1) == 1 and train.lr_factor(0, 5, 0.0) == 1
-
-
-def test_bytes_of_a_run_are_counted_as_they_are():
-    """Weights, gradients and moments of the estimate against the tensors of a real step."""
-    _, examples = toy_examples()
-    for options in (dict(ranks=(4,)), dict(ranks=(4,), full=False), dict(ranks=()),
-                    dict(ranks=(4,), dropout=0.1)):
-        for dtype in ("float32", "bfloat16"):
-            model = Transformer.from_pretrained("toy", getattr(torch, dtype))
-            add_experts(model, **options)
-            optimizer = MoLFAdamW(param_groups(model))
-            model.loss(*data.to_device(examples, "cpu")).backward()
-            unfold(model)
-            size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)   # noqa: E731
-            want = {"weights": size(model.parameters()),
-                    "gradients": size(p.grad for p in model.parameters() if p.grad is not None),
-                    "moments and masters": size(t for s in optimizer.state.values() for t in s.values())}
-            got = estimate_bytes(model, flags(dtype=dtype), 100)
-            assert {k: got[k] for k in want} == want
-            optimizer.step()
-            fold(model)
 
 
 # ------------------------------------------------------------------------------- killed, stopped and resumed

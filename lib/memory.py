@@ -1,0 +1,179 @@
+"""The bytes of a training step, as train.py --dry-run prints them, for one GPU and for each of several.
+
+What is kept (weights, gradients, moments, masters) is counted from the model, which may be on the meta
+device. The rest are formulas, which tests/test_memory.py holds against what PyTorch does. Memory may be
+highest at one of three times, and the peak is the largest of the three:
+
+    backward begins     all activations are there, and logits. Of several GPUs, blocks are gathered whole
+    backward ends       FSDP2 adds up the gradient of what is in no block (embedding, head) in fp32
+    the step            the optimizer's temporaries, and of several GPUs the exchange with the owners
+
+Gradients count at all three. With a single micro-batch they come while activations go, so the real peak is
+lower, by up to their size. Not counted: what CUDA, cuBLAS and NCCL take for themselves, an evaluation, and
+loading.
+"""
+from collections import Counter
+
+import torch
+
+from lib import parallel
+from lib.fast import STREAMS
+from model import LOGIT_ROWS, molf_layers
+from molf import param_groups
+
+def bytes_of(params):
+    return sum(p.nbytes for p in params)
+
+def rows(p, n):
+    """The most rows of a parameter that one of n ranks has."""
+    return -(-len(p) // n)
+
+def rows_bytes(params, n):
+    return sum(p.nbytes // len(p) * rows(p, n) for p in params)
+
+def state_bytes(p):
+    """The fp32 moments of a parameter, and its fp32 master."""
+    return p.numel() * (8 if p.element_size() == 4 else 12)
+
+def used(module):
+    """The parameters that forward and backward use: of a folded layer neither `full` nor A and B."""
+    unused = set()
+    for _, layer in molf_layers(module):
+        if layer.folded:
+            unused |= {layer.full, *layer.A, *layer.B}
+    return [p for p in module.parameters() if p not in unused]
+
+def trained(params):
+    return [p for p in params if p.requires_grad]
+
+def estimate_bytes(model, a, tokens, n_ranks=1):
+    """model: with its experts. tokens: of the largest micro-batch of a rank. -> {kind: bytes}, the peak last,
+    on that of n_ranks GPUs which has the most"""
+    fast = a.device.startswith("cuda") and not a.eager
+    kept = kept_bytes(model, n_ranks)
+    begin = {"activations (estimate)": activation_bytes(model, tokens, fast),
+             "logits (estimate)": logit_bytes(model, tokens, fast)}
+    end = {}
+    if n_ranks > 1:
+        in_blocks = set(model.model["layers"].parameters())
+        root = [p for p in model.parameters() if p not in in_blocks]
+        block = used(model.model["layers"][0])
+        # Of the root FSDP2 keeps weight and gradient whole. Of a block the weights are there three times: at
+        # work, as the next block's, and in a buffer. Its gradients are copied into a buffer in fp32.
+        begin["gathered (estimate)"] = (bytes_of(root + trained(root)) + 3 * bytes_of(block)
+                                        + bytes_of(trained(block)) + sum_bytes(block))
+        end["backward's end (estimate)"] = bytes_of(root + trained(root)) + sum_bytes(root)
+    step = {"step (estimate)": step_bytes(model, fast, n_ranks)}
+    times = [sum(kinds.values()) for kinds in (begin, end, step)]
+    return kept | begin | end | step | {"peak (estimate)": sum(kept.values()) + max(times)}
+
+def sum_bytes(params):
+    """The fp32 buffer in which FSDP2 adds up the gradients of `params`."""
+    return 4 * sum(p.numel() for p in trained(params))
+
+def kept_bytes(model, n):
+    """What is there all the time, on that of n ranks which has the most. One process owns all layers, and
+    uses its own. Several (lib/parallel.py) have rows of what forward and backward use as well."""
+    layers = dict(molf_layers(model))
+    costs = {name: layer_bytes(layer) for name, layer in layers.items()}
+    owner = parallel.balanced({name: cost["weights"] for name, cost in costs.items()}, n)
+    owned = [Counter() for _ in range(n)]
+    for name, cost in costs.items():
+        owned[owner[name]] += cost
+    most = max(owned, key=Counter.total)
+    of_layers = {p for layer in layers.values() for p in layer.parameters()}
+    sharded = [p for p in used(model) if n > 1 or p not in of_layers]
+    rest = [p for group in param_groups(model) if group["kind"] == "rest" for p in group["params"]]
+    rest_state = sum(state_bytes(p) // len(p) * rows(p, n) for p in rest)
+    return {"weights": most["weights"] + rows_bytes(sharded, n),
+            # the rows of a gradient go when its owner gets it whole
+            "gradients": max(most["gradients"] + rows_bytes(rest, n), rows_bytes(trained(sharded), n)),
+            "moments and masters": most["moments and masters"] + rest_state}
+
+def layer_bytes(layer):
+    """A layer with all its experts. The gradient of a folded layer's full expert has the model's dtype."""
+    experts = [p for _, _, params in layer.experts() for p in params]
+    gradients = [layer.weight if layer.folded and p is layer.full else p for p in experts]
+    return Counter({"weights": bytes_of(layer.parameters()), "gradients": bytes_of(gradients),
+                    "moments and masters": sum(map(state_bytes, experts))})
+
+def activation_bytes(model, tokens, fast):
+    """What autograd saves of all blocks; with checkpointing a block's input each, and one block. Where LoRA
+    is a side branch, the stacked A and B are saved as well."""
+    c, blocks = model.config, model.model["layers"]
+    size = blocks[0].self_attn.q_proj.weight.element_size()
+    block = saved_by_block(blocks[0], c, fast)
+    inputs = len(blocks) * c.hidden_size * size
+    stacked = sum(bytes_of([*layer.A, *layer.B]) for _, layer in molf_layers(model) if not layer.folded)
+    return tokens * (inputs + block if model.checkpointing else len(blocks) * block) + stacked
+
+def saved_by_block(block, c, fast):
+    """Bytes a token that autograd saves of one block.
+
+    Compiled (fast), these are the inputs of the matrix products and what cannot be recomputed from them by
+    element-wise work: the block's input x, both normed inputs and the sum behind attention (each C), q and
+    the result of attention (each H D), k and v (each Hkv D), gate, up and their product (each I). Gemma norms
+    more often, and adds C, H D and Hkv D. Eager blocks also save what is between: the activation of gate
+    (I) and what the norms have in fp32. Attention counts as FlashAttention has it, with a logsumexp a head.
+
+    LoRA as a side branch adds x A^T of each linear, and with dropout the dropped x and its mask."""
+    C, inner = c.hidden_size, c.intermediate_size
+    q = c.num_attention_heads * c.head_dim
+    kv = c.num_key_value_heads * c.head_dim
+    size = block.self_attn.q_proj.weight.element_size()
+    norms_train = block.input_layernorm.weight.requires_grad
+    fp32 = c.num_attention_heads + 2                        # logsumexp, and 1 / rms of each norm
+    if c.gemma:
+        fp32 += c.num_attention_heads + c.num_key_value_heads + 2
+    if fast and c.gemma:
+        numbers = 5 * C + 3 * q + 3 * kv + 3 * inner
+    elif fast:
+        numbers = 4 * C + 2 * q + 2 * kv + 3 * inner
+    else:
+        numbers = 2 * C + 2 * q + 2 * kv + 4 * inner
+        if c.gemma:
+            fp32 += (4 * C + q + kv) * (1 + norms_train)
+        else:
+            fp32 += 2 * C
+            numbers += 2 * C * norms_train
+    masks = 0
+    branches = [layer for _, layer in molf_layers(block) if layer.ranks and not layer.folded]
+    for layer in branches:
+        numbers += sum(layer.ranks)
+        if layer.dropout:
+            numbers += layer.in_features
+            masks += layer.in_features
+    if masks and not block.self_attn.q_proj.weight.requires_grad:
+        numbers -= 2 * C + inner                            # of a frozen W nobody needs x itself
+    return numbers * size + 4 * fp32 + masks
+
+def logit_bytes(model, tokens, fast):
+    """The loss holds one piece of LOGIT_ROWS targets at most. Compiled it has the logits, over which their
+    gradient is written, and eager three fp32 copies. Then the gradient of the head is added to its sum."""
+    c = model.config
+    size = model.head.element_size() if fast else 12
+    gradient = model.head.nbytes if model.head.requires_grad else 0
+    return min(tokens, LOGIT_ROWS) * c.vocab_size * size + gradient
+
+def step_bytes(model, fast, n):
+    """The optimizer's temporaries. Eager, AdamW of one parameter has seven fp32 copies of it. Compiled it has
+    none, but fold has B A of one layer on each stream. Before and after, n ranks exchange a group of rows: it
+    is sent, received, and joined."""
+    layers = [layer for _, layer in molf_layers(model)]
+    exchanged = rows_bytes(trained([p for layer in layers for p in used(layer)]), n)
+    exchange = 3 * min(parallel.GROUP_BYTES, exchanged) if n > 1 else 0
+    if fast:
+        temporary = STREAMS * max(layer.weight.nbytes * layer.folded for layer in layers)
+    else:
+        numbers = [p.numel() // len(p) * (rows(p, n) if group["kind"] == "rest" else len(p))
+                   for group in param_groups(model) for p in group["params"]]
+        temporary = 28 * max(numbers)
+    return max(exchange, temporary)
+
+def largest_share(batch, n, max_tokens):
+    """batch: examples, of which each of n ranks takes its share. -> the tokens of the largest micro-batch"""
+    sizes = {i: len(e.ids) for i, e in enumerate(batch)}
+    load = Counter()
+    for i, rank in parallel.balanced(sizes, n).items():
+        load[rank] += sizes[i]
+    return min(max(load.values()), max_tokens)
