@@ -423,7 +423,7 @@ def dry_run(config, rows, a):
     steps = prepare(model, rows, a)["steps"]
     batches = (batch_of(i, rows.examples, a) for i in range(steps // a.epochs))
     tokens = max(largest_share(batch, a.world_size, a.max_tokens) for batch in batches)
-    print(f"world size {a.world_size}, up to {tokens:,} tokens in a micro-batch of a GPU:")
+    print(f"world size {a.world_size}, {a.device}, {a.dtype}, up to {tokens:,} tokens in a micro-batch:")
     print_bytes(estimate_bytes(model, a, tokens, a.world_size))
 
 def prepare(model, rows, a):

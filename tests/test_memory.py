@@ -267,15 +267,19 @@ def test_the_peak_of_several_gpus_by_hand():
 
 
 def test_a_dry_run_counts_for_other_numbers_of_gpus(capsys):
-    def peak(*args):
+    def counts(*args):
         train.main(["--device", "cpu", "--dry-run", "--limit", "16", *args])
         text = capsys.readouterr().out
         tokens = int(text.partition(" tokens in a micro-batch")[0].rpartition(" ")[2])
-        return tokens, float(text.split()[-2])
-    tokens, one = peak()
-    assert (tokens, one) == peak("--world-size", "1")
-    fewer, less = peak("--world-size", "4")
-    assert tokens / 4 <= fewer < tokens / 3 and less < one
+        lines = [line.rsplit(maxsplit=2) for line in text.splitlines() if line.endswith(" GB")]
+        return tokens, {kind.strip(): float(gb) for kind, gb, _ in lines}
+    tokens, one = counts()
+    assert (tokens, one) == counts("--world-size", "1")
+    fewer, four = counts("--world-size", "4")
+    assert tokens / 4 <= fewer < tokens / 3
+    assert "gathered (estimate)" in four and "gathered (estimate)" not in one
+    for kind in ("weights", "gradients", "moments and masters", "peak (estimate)"):
+        assert four[kind] < one[kind]
 
 
 @pytest.mark.parametrize("args, why", [
