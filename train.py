@@ -197,7 +197,7 @@ def set_defaults(p, a):
     defaults["ranks"] = defaults["ranks"][a.method]
     defaults["epochs"] = task.toy_epochs if toy else task.epochs
     defaults["rest"] = "train" if full else "freeze"
-    defaults["world_size"] = parallel.n_ranks()
+    defaults["world_size"] = ranks.n_ranks()
     defaults["dtype"] = "bfloat16" if a.device.startswith("cuda") else "float32"
     for key, value in defaults.items():
         if getattr(a, key) is None:

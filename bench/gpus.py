@@ -47,11 +47,11 @@ import train    # noqa: E402
 from data import count_targets, count_tokens        # noqa: E402
 from lib import fast, parallel, ranks               # noqa: E402
 from model import Config, Transformer, add_experts  # noqa: E402
+import molf     # noqa: E402
 from molf import MoLFAdamW, param_groups            # noqa: E402
 
 OURS = ("fft", "lora", "molf", "molf-e")
 PEERS = ("fsdp adamw", "transformers fsdp")
-EMPTY = 16, 1, 1, 16        # a micro-batch without examples, as a size for data.to_device
 PROBE = 0.95                # of a GPU's memory while a size is tried: the real steps find it in other pieces
 
 
@@ -100,14 +100,19 @@ def batches_of(task, a, vocab_size):
 
 
 def micro_batches(batch, max_tokens, device):
-    """This rank's part of a batch, as Transformer.loss wants it: about as many tokens as on the other ranks,
-    and as many micro-batches, because each takes part in every gathering. Some may be empty."""
-    place = ranks.balanced({i: len(e.ids) for i, e in enumerate(batch)}, ranks.n_ranks())
-    parts = [[e for i, e in enumerate(batch) if place[i] == r] for r in range(ranks.n_ranks())]
-    micros = [list(data.micro_batches(part, max_tokens)) for part in parts]
-    here = micros[ranks.rank()]
-    here += [[]] * (max(map(len, micros)) - len(here))
-    return [data.to_device(m, device, None if m else EMPTY) for m in here]
+    """This rank's part of a batch, as Transformer.loss wants it."""
+    return [data.to_device(m, device, None if m else parallel.EMPTY) for m in train.own_micros(batch, max_tokens)]
+
+
+def compiled(step):
+    """step(batch), with its blocks and its loss compiled, but not captured as a CUDA graph."""
+    fast.configure_compiler()
+    parts = fast.fast_parts(cuda=True)
+
+    def run(batch):
+        with fast.replaced(parts):
+            return step(batch)
+    return run
 
 
 def padded(rows, device):
@@ -176,7 +181,7 @@ def ours(method, config, load, batches, flags, device):
         model = Transformer(config).to(getattr(torch, flags.dtype))
     model.checkpointing = flags.checkpointing
     groups = shared_out(model, method, flags, device, load)
-    optimizer = MoLFAdamW(groups)
+    optimizer = MoLFAdamW(groups, route=parallel.over_all_modules(molf.topk, model))
     return train.make_step(model.train(), optimizer, batches, flags)
 
 
@@ -275,7 +280,7 @@ def peer(method, config, load, flags, device, mesh, sequences):
             with torch.no_grad():
                 torch._foreach_copy_(params, masters)
         return total, norm
-    return fast.compiled(step) if packed and device.type == "cuda" and not flags.eager else step
+    return compiled(step) if packed and device.type == "cuda" and not flags.eager else step
 
 
 def most_sequences(make, batches, a, device):

@@ -14,9 +14,7 @@ loading.
 """
 from collections import Counter
 
-import torch
-
-from lib import parallel
+from lib import parallel, ranks
 from lib.fast import STREAMS
 from model import LOGIT_ROWS, molf_layers
 from molf import param_groups
@@ -59,24 +57,26 @@ def estimate_bytes(model, a, tokens, n_ranks=1):
         root = [p for p in model.parameters() if p not in in_blocks]
         block = used(model.model["layers"][0])
         # Of the root FSDP2 keeps weight and gradient whole. Of a block the weights are there three times: at
-        # work, as the next block's, and in a buffer. Its gradients are copied into a buffer in fp32.
-        begin["gathered (estimate)"] = (bytes_of(root + trained(root)) + 3 * bytes_of(block)
-                                        + bytes_of(trained(block)) + sum_bytes(block))
-        end["backward's end (estimate)"] = bytes_of(root + trained(root)) + sum_bytes(root)
+        # work, as the next block's, and in a buffer. Its gradients are copied into a buffer.
+        blocks = 3 if parallel.reshards(used(model)) else len(model.model["layers"]) + 1
+        begin["gathered (estimate)"] = (bytes_of(root + trained(root)) + blocks * bytes_of(block)
+                                        + bytes_of(trained(block)) + sum_bytes(block, n_ranks))
+        end["backward's end (estimate)"] = bytes_of(root + trained(root)) + sum_bytes(root, n_ranks)
     step = {"step (estimate)": step_bytes(model, fast, n_ranks)}
     times = [sum(kinds.values()) for kinds in (begin, end, step)]
     return kept | begin | end | step | {"peak (estimate)": sum(kept.values()) + max(times)}
 
-def sum_bytes(params):
-    """The fp32 buffer in which FSDP2 adds up the gradients of `params`."""
-    return 4 * sum(p.numel() for p in trained(params))
+def sum_bytes(params, n):
+    """The buffer in which FSDP2 adds up the gradients of `params` on n ranks."""
+    size = parallel.reduce_dtype(n)
+    return sum(p.numel() * (size or p.dtype).itemsize for p in trained(params))
 
 def kept_bytes(model, n):
     """What is there all the time, on that of n ranks which has the most. One process owns all layers, and
     uses its own. Several (lib/parallel.py) have rows of what forward and backward use as well."""
     layers = dict(molf_layers(model))
     costs = {name: layer_bytes(layer) for name, layer in layers.items()}
-    owner = parallel.balanced({name: cost["weights"] for name, cost in costs.items()}, n)
+    owner = ranks.balanced({name: cost["weights"] for name, cost in costs.items()}, n)
     owned = [Counter() for _ in range(n)]
     for name, cost in costs.items():
         owned[owner[name]] += cost
@@ -174,6 +174,6 @@ def largest_share(batch, n, max_tokens):
     """batch: examples, of which each of n ranks takes its share. -> the tokens of the largest micro-batch"""
     sizes = {i: len(e.ids) for i, e in enumerate(batch)}
     load = Counter()
-    for i, rank in parallel.balanced(sizes, n).items():
+    for i, rank in ranks.balanced(sizes, n).items():
         load[rank] += sizes[i]
     return min(max(load.values()), max_tokens)

@@ -24,12 +24,15 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
+                                    register_fsdp_forward_method)
 
 from data import to_device
 from lib.ranks import balanced, in_step, largest, n_ranks, of_all, rank, several
 from model import Transformer, draw_A, load_weights, molf_layers
 
 GROUP_BYTES = 1 << 28       # of a rank's rows in one all-to-all: the size of its buffers
+SMALL_BYTES = 8 << 30       # a model with smaller weights stays gathered from forward to backward
 EMPTY = 16, 1, 1, 16        # a micro-batch without examples, as a size for data.to_device
 
 def distribute(model, groups, device, load=None):
@@ -95,7 +98,7 @@ def whole(model):
     else:
         model.unshard()                         # the root: embedding, head and last norm
         yield model
-        model.reshard()                         # or it would not see what the next step writes
+        reshard(model)
 
 def fits(model):
     """Does every GPU have room for a copy of the weights, and half as much for what is computed with them?"""
@@ -163,21 +166,23 @@ def own_randomness(a, step=0):
     if rank():
         torch.manual_seed(a.seed + step * n_ranks() + rank())
 
-def small(model, device):
-    """Do all weights as forward and backward use them take less than an eighth of a GPU? Then they stay
-    gathered from forward to backward, and are not gathered twice."""
-    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-    return sum(p.nbytes for p in model.parameters()) < memory / 8
+def reshards(params):
+    """params: all that forward and backward use. Does a block give back its weights after the forward pass, and
+    gather them again for backward?"""
+    return sum(p.nbytes for p in params) > SMALL_BYTES
+
+def reduce_dtype(n):
+    """The dtype in which the gradients of n ranks are added up; None: their own. bf16 would round after each
+    addition. The sum of two is rounded once in either way."""
+    return torch.float32 if n > 2 else None
 
 def shard(model, device):
     """FSDP2 takes a model on the meta device: each block, then the rest of it, which is the root."""
-    from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
-                                        register_fsdp_forward_method)
     mesh = dist.device_mesh.init_device_mesh(device.type, (n_ranks(),))
-    # Gradients in bf16 are added up in fp32. The sum of two is rounded once in either way.
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if n_ranks() > 2 else None)
+    policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype(n_ranks()))
+    again = reshards(model.parameters())
     for module in [*model.model["layers"], model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=not small(model, device))
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=again)
     for module in model.modules():
         if isinstance(module, FSDPModule):      # a sum, not the mean: the loss is divided by all targets
             module.set_gradient_divide_factor(1.0)
@@ -187,7 +192,13 @@ def shard(model, device):
     # FSDP2 decides in its first forward pass where the rows lie
     with torch.no_grad():
         model.loss(*to_device([], device, EMPTY))
-    model.reshard()
+    reshard(model)
+
+def reshard(model):
+    """Give back all gathered weights. What is still gathered would not see what is written to the rows."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 class Owners:
     """Who owns which layer of a model, and the exchange between the owners and FSDP2's rows.
