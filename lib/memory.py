@@ -58,7 +58,10 @@ def estimate_bytes(model, a, tokens, n_ranks=1):
         block = used(model.model["layers"][0])
         # Of the root FSDP2 keeps weight and gradient whole. Of a block the weights are there three times: at
         # work, as the next block's, and in a buffer. Its gradients are copied into a buffer.
-        blocks = 3 if parallel.reshards(used(model)) else len(model.model["layers"]) + 1
+        blocks = 3
+        if parallel.small(used(model)):
+            root, block = trained(root), trained(block)
+            blocks = len(model.model["layers"]) + 1
         begin["gathered (estimate)"] = (bytes_of(root + trained(root)) + blocks * bytes_of(block)
                                         + bytes_of(trained(block)) + sum_bytes(block, n_ranks))
         end["backward's end (estimate)"] = bytes_of(root + trained(root)) + sum_bytes(root, n_ranks)
@@ -83,9 +86,14 @@ def kept_bytes(model, n):
     most = max(owned, key=Counter.total)
     of_layers = {p for layer in layers.values() for p in layer.parameters()}
     sharded = [p for p in used(model) if n > 1 or p not in of_layers]
+    whole = [p for p in sharded if n > 1 and not p.requires_grad and parallel.small(used(model))]
+    sharded = [p for p in sharded if p not in set(whole)]
+    owned_params = {p for name, layer in layers.items() if owner[name] == owned.index(most)
+                    for p in layer.parameters()}
     rest = [p for group in param_groups(model) if group["kind"] == "rest" for p in group["params"]]
     rest_state = sum(state_bytes(p) // len(p) * rows(p, n) for p in rest)
-    return {"weights": most["weights"] + rows_bytes(sharded, n),
+    twice = bytes_of(owned_params.intersection(whole))                    # which one copy is enough for
+    return {"weights": most["weights"] + rows_bytes(sharded, n) + bytes_of(whole) - twice,
             # the rows of a gradient go when its owner gets it whole
             "gradients": max(most["gradients"] + rows_bytes(rest, n), rows_bytes(trained(sharded), n)),
             "moments and masters": most["moments and masters"] + rest_state}
@@ -157,11 +165,11 @@ def logit_bytes(model, tokens, fast):
 
 def step_bytes(model, fast, n):
     """The optimizer's temporaries. Eager, AdamW of one parameter has seven fp32 copies of it. Compiled it has
-    none, but fold has B A of one layer on each stream. Before and after, n ranks exchange a group of rows: it
-    is sent, received, and joined."""
+    none, but fold has B A of one layer on each stream. Before and after, n ranks exchange two groups of rows at
+    a time: what is sent, and what is received."""
     layers = [layer for _, layer in molf_layers(model)]
     exchanged = rows_bytes(trained([p for layer in layers for p in used(layer)]), n)
-    exchange = 3 * min(parallel.GROUP_BYTES, exchanged) if n > 1 else 0
+    exchange = 2 * min(2 * parallel.GROUP_BYTES, exchanged) if n > 1 else 0
     if fast:
         temporary = STREAMS * max(layer.weight.nbytes * layer.folded for layer in layers)
     else:

@@ -26,13 +26,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
                                     register_fsdp_forward_method)
+from torch.distributed.tensor import DTensor
 
 from data import to_device
 from lib.ranks import balanced, in_step, largest, n_ranks, of_all, rank, several
 from model import Transformer, draw_A, load_weights, molf_layers
 
-GROUP_BYTES = 1 << 28       # of a rank's rows in one all-to-all: the size of its buffers
-SMALL_BYTES = 8 << 30       # a model with smaller weights stays gathered from forward to backward
+GROUP_BYTES = 1 << 27       # of a rank's rows in one all-to-all: the size of its buffers
+SMALL_BYTES = 8 << 30       # see `small`
 EMPTY = 16, 1, 1, 16        # a micro-batch without examples, as a size for data.to_device
 
 def distribute(model, groups, device, load=None):
@@ -143,7 +144,7 @@ def restore(model, optimizer, saved, groups):
         p.copy_(saved.read(f"model.{name}", slices.get(name)))
     if several():
         for name, p in model.owners.params.items():
-            p.to_local().copy_(saved.read(f"model.{name}", model.owners.rows(name, rank())))
+            local(p).copy_(saved.read(f"model.{name}", model.owners.held(name)))
         groups = [groups[i] for i in model.owners.places]
         routing["gates"] = routing["gates"][model.owners.modules_here.cpu()]
     keys = {}                                   # {name of a parameter: [name in its state]}
@@ -166,10 +167,10 @@ def own_randomness(a, step=0):
     if rank():
         torch.manual_seed(a.seed + step * n_ranks() + rank())
 
-def reshards(params):
-    """params: all that forward and backward use. Does a block give back its weights after the forward pass, and
-    gather them again for backward?"""
-    return sum(p.nbytes for p in params) > SMALL_BYTES
+def small(params):
+    """params: all that forward and backward use. Small ones stay gathered from forward to backward, and those
+    that nobody trains are whole on every rank, all the time. It costs memory and saves communication."""
+    return sum(p.nbytes for p in params) < SMALL_BYTES
 
 def reduce_dtype(n):
     """The dtype in which the gradients of n ranks are added up; None: their own. bf16 would round after each
@@ -180,9 +181,11 @@ def shard(model, device):
     """FSDP2 takes a model on the meta device: each block, then the rest of it, which is the root."""
     mesh = dist.device_mesh.init_device_mesh(device.type, (n_ranks(),))
     policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype(n_ranks()))
-    again = reshards(model.parameters())
+    is_small = small(model.parameters())
+    frozen = {p for p in model.parameters() if is_small and not p.requires_grad}
     for module in [*model.model["layers"], model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=again)
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=not is_small,
+                    ignored_params=frozen)
     for module in model.modules():
         if isinstance(module, FSDPModule):      # a sum, not the mean: the loss is divided by all targets
             module.set_gradient_divide_factor(1.0)
@@ -225,7 +228,7 @@ class Owners:
         self.owner = {}                                             # {name of a parameter: a rank}
         for name, layer in found.items():
             self.owner |= {f"{name}.{leaf}": owner[name] for leaf, _ in layer.named_parameters()}
-        mine = take_experts({name: layer for name, layer in found.items()}, owner, self.rank)
+        mine = take_experts(found, owner, self.rank)
         self.empty = copy.deepcopy(model)                           # for `copy` to fill
         shard(model, device)
         self.params = dict(model.named_parameters())
@@ -234,8 +237,9 @@ class Owners:
         self.here = {f"{name}.{leaf}": p for name, layer in mine.items() for leaf, p in layer.named_parameters()}
         self.slices = {name: self.rows(name, self.rank) for name in self.params if name not in self.owner}
         for name in self.slices:
-            rows = self.params[name].to_local().detach()
-            self.here[name] = nn.Parameter(rows, self.params[name].requires_grad)
+            p = self.params[name]
+            rows = local(p) if isinstance(p, DTensor) else p.detach()[self.slices[name]]
+            self.here[name] = nn.Parameter(rows, p.requires_grad)
         self.rest = [name for name in self.slices if self.here[name].requires_grad]
         self.exchanged = self.in_groups([name for name, p in self.params.items()
                                          if p.requires_grad and name in self.owner])
@@ -251,16 +255,19 @@ class Owners:
         """The base's rows from `load` to FSDP2, whole matrices to their owners, and all LoRA experts drawn as
         in one process. mine: {name: layer} that is owned here, still without memory."""
         base = [name for name in self.params if ".A." not in name and ".B." not in name]
-        load = load or from_files(self.model, self.device, {name: self.rows(name, self.rank) for name in base})
+        load = load or from_files(self.model, self.device, {name: self.held(name) for name in base})
         for name in base:
-            self.params[name].to_local().copy_(load(name, self.rows(name, self.rank)))
+            local(self.params[name]).copy_(load(name, self.held(name)))
         whole = {}
         for name, layer in mine.items():
             layer.to_empty(device=self.device)
             whole |= {f"{name}.{leaf}": p for leaf, p in layer.named_parameters()}
-        groups = self.in_groups([name for name in base if name in self.owner])
-        for name, matrix in self.to_owners(groups, lambda name: self.params[name].to_local()):
-            whole[name].copy_(matrix)
+        of_layers = [name for name in base if name in self.owner]
+        shared = [name for name in of_layers if isinstance(self.params[name], DTensor)]
+        self.to_owners(self.in_groups(shared), lambda name: local(self.params[name]),
+                       lambda name, matrix: whole[name].copy_(matrix))
+        for name in set(of_layers).difference(shared).intersection(whole):
+            whole[name].data = self.params[name].detach()           # once is enough
         for layer in mine.values():
             if layer.folded:
                 layer.start_full()
@@ -274,7 +281,7 @@ class Owners:
                     if key in whole:
                         whole[key].copy_(matrix)
                     if key in self.params:
-                        self.params[key].to_local().copy_(matrix[self.rows(key, self.rank)])
+                        local(self.params[key]).copy_(matrix[self.held(key)])
 
     def in_groups(self, names):
         """-> [[[name] of each owner]], each for one all-to-all"""
@@ -293,34 +300,52 @@ class Owners:
         step = -(-n // len(self.ranks))
         return slice(min(r * step, n), min((r + 1) * step, n))
 
+    def held(self, name):
+        """The rows that this rank has."""
+        return self.rows(name, self.rank) if isinstance(self.params[name], DTensor) else slice(None)
+
     def rows_shape(self, name, r):
         rows = self.rows(name, r)
         return torch.Size((rows.stop - rows.start, *self.params[name].shape[1:]))
 
-    def exchange(self, send, shapes):
-        """send[r]: tensors for rank r. shapes[r]: those of what comes from it. -> [[tensor]]. A rank may
-        have nothing to send, or nothing to receive."""
-        flat = torch.cat([self.new(0), *(t.reshape(-1) for part in send for t in part)])
-        numels = [[shape.numel() for shape in part] for part in shapes]
-        received = flat.new_empty(sum(map(sum, numels)))
-        sent = [sum(t.numel() for t in part) for part in send]
-        dist.all_to_all_single(received, flat, list(map(sum, numels)), sent)
-        pieces = iter(received.split([n for part in numels for n in part]))
-        return [[next(pieces).view(shape) for shape in part] for part in shapes]
+    def exchange(self, groups, pack, unpack):
+        """An all-to-all for each group, while the one before is unpacked. pack(group) gives the tensors for
+        each rank, and the shapes of what comes from each; unpack(group, tensors) takes that. A rank may have
+        nothing to send, or nothing to receive."""
+        under_way = None
+        for group in groups:
+            send, shapes = pack(group)
+            flat = torch.cat([self.new(0), *(t.reshape(-1) for part in send for t in part)])
+            received = self.new(sum(shape.numel() for part in shapes for shape in part))
+            work = dist.all_to_all_single(
+                received, flat, output_split_sizes=[sum(shape.numel() for shape in part) for part in shapes],
+                input_split_sizes=[sum(t.numel() for t in part) for part in send], async_op=True)
+            if under_way:
+                self.finish(unpack, *under_way)
+            under_way = group, work, flat, received, shapes
+        if under_way:
+            self.finish(unpack, *under_way)
+
+    def finish(self, unpack, group, work, flat, received, shapes):
+        work.wait()                             # (on a GPU the host does not wait)
+        pieces = iter(received.split([shape.numel() for part in shapes for shape in part]))
+        unpack(group, [next(pieces).view(shape) for part in shapes for shape in part])
 
     def new(self, shape):
         return torch.empty(shape, dtype=next(iter(self.params.values())).dtype, device=self.device)
 
-    def to_owners(self, groups, rows_of):
-        """rows_of(name): this rank's rows. Yields (name, whole tensor) of what is owned here."""
-        for group in groups:
-            mine = group[self.rank]
+    def to_owners(self, groups, rows_of, take):
+        """rows_of(name): this rank's rows. take(name, whole tensor) is called for what is owned here."""
+        def pack(group):
             send = [[rows_of(name) for name in names] for names in group]
-            parts = self.exchange(send, [[self.rows_shape(name, r) for name in mine] for r in self.ranks])
-            whole = [self.new(self.params[name].shape) for name in mine]
-            places = [matrix[self.rows(name, r)] for r in self.ranks for name, matrix in zip(mine, whole)]
-            copy_all(sum(parts, []), places)
-            yield from zip(mine, whole)
+            return send, [[self.rows_shape(name, r) for name in group[self.rank]] for r in self.ranks]
+
+        def unpack(group, pieces):
+            whole = {name: self.new(self.params[name].shape) for name in group[self.rank]}
+            copy_all(pieces, [whole[name][self.rows(name, r)] for r in self.ranks for name in whole])
+            for name, tensor in whole.items():
+                take(name, tensor)
+        self.exchange(groups, pack, unpack)
 
     def take_grad(self, name):
         """The rows of a gradient, which FSDP2 then has no more."""
@@ -330,27 +355,35 @@ class Owners:
 
     @torch.no_grad()
     def pull(self):
-        for name, gradient in self.to_owners(self.exchanged, self.take_grad):
+        def take(name, gradient):
             self.here[name].grad = gradient
+        self.to_owners(self.exchanged, self.take_grad, take)
         for name in self.rest:
             self.here[name].grad = self.take_grad(name)
 
     @torch.no_grad()
     def push(self):
-        for group in self.exchanged:
+        def pack(group):
             send = [[self.here[name].detach()[self.rows(name, r)] for name in group[self.rank]]
                     for r in self.ranks]
-            parts = self.exchange(send, [[self.rows_shape(name, self.rank) for name in names]
-                                         for names in group])
-            copy_all(sum(parts, []), [self.params[name].to_local() for name in sum(group, [])])
+            return send, [[self.rows_shape(name, self.rank) for name in names] for names in group]
+
+        def unpack(group, pieces):
+            copy_all(pieces, [local(self.params[name]) for name in sum(group, [])])
+        self.exchange(self.exchanged, pack, unpack)
 
     @torch.no_grad()
     def copy(self):
         """The whole model on this GPU."""
         model = copy.deepcopy(self.empty)
         for name, p in self.params.items():
-            model.load_state_dict({name: p.full_tensor()}, strict=False, assign=True)
+            whole = p.full_tensor() if isinstance(p, DTensor) else p.detach()
+            model.load_state_dict({name: whole}, strict=False, assign=True)
         return model.train(self.model.training)
+
+def local(p):
+    """What this rank has of a parameter."""
+    return p.to_local().detach() if isinstance(p, DTensor) else p.detach()
 
 def copy_all(tensors, places):
     """Copy each tensor into its place, in few kernels."""

@@ -14,7 +14,7 @@ from torch.nn.attention.varlen import varlen_attn
 import data
 import lib.fast
 import train
-from lib import memory
+from lib import memory, parallel
 from lib.memory import estimate_bytes
 from model import GQA, Block, Config, Packed, Transformer, add_experts, cross_entropy, fold, unfold
 from molf import MoLFAdamW, param_groups
@@ -194,15 +194,17 @@ def test_bytes_of_a_run_are_counted_as_they_are():
 
 RANK = """import json, sys, torch
 import data
-from lib import parallel
+from lib import parallel, ranks
 from model import Transformer, add_experts, unfold
 from molf import MoLFAdamW, param_groups
-with parallel.processes():
-    model = Transformer.from_pretrained("toy", torch.bfloat16)
-    add_experts(model, **json.loads(sys.argv[1]))
-    optimizer = MoLFAdamW(parallel.distribute(model, param_groups(model)))
+options, parallel.SMALL_BYTES = json.loads(sys.argv[1])
+with ranks.processes():
+    model = Transformer.from_pretrained("toy", torch.bfloat16, "meta")
+    add_experts(model, **options)
+    optimizer = MoLFAdamW(parallel.distribute(model, param_groups(model), "cpu"))
     size = lambda tensors: sum(t.nbytes for t in tensors)
-    weights = size(p.to_local() for p in model.parameters()) + size(parallel.owned(model).parameters())
+    held = [parallel.local(p) for p in model.parameters()] + list(parallel.owned(model).parameters())
+    weights = size({p.data_ptr(): p for p in held}.values())
     state = size(t for s in optimizer.state.values() for t in s.values())
     model.loss(*data.to_device([data.Example([1, 2, 3], 1, 0)], "cpu")).backward()
     rows = size(p.grad.to_local() for p in model.parameters() if p.grad is not None)
@@ -212,15 +214,17 @@ with parallel.processes():
 """
 
 
-@pytest.mark.parametrize("n, options", [
-    (2, dict(ranks=(4,))), (3, dict(ranks=(4,))), (2, dict(ranks=(4, 8), full=False))])
-def test_bytes_of_a_rank_are_counted_as_they_are(n, options):
+@pytest.mark.parametrize("n, options, small", [
+    (2, dict(ranks=(4,)), 0), (3, dict(ranks=(4,)), 1e9), (2, dict(ranks=(4, 8), full=False), 0),
+    (2, dict(ranks=(4, 8), full=False), 1e9)])
+def test_bytes_of_a_rank_are_counted_as_they_are(n, options, small, monkeypatch):
+    monkeypatch.setattr(parallel, "SMALL_BYTES", small)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     env = os.environ | {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
                         "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1"}
-    children = [subprocess.Popen([sys.executable, "-c", RANK, json.dumps(options)], text=True, cwd=ROOT,
+    children = [subprocess.Popen([sys.executable, "-c", RANK, json.dumps([options, small])], text=True, cwd=ROOT,
                                  stderr=subprocess.PIPE, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)})
                 for r in range(n)]
     said = [child.communicate(timeout=120)[1] for child in children]
@@ -254,9 +258,9 @@ def test_the_peak_of_several_gpus_by_hand():
             "moments and masters": 8 * linears + 12 * lora + 12 * rest,
             "activations (estimate)": 3 * 1000 * (2 * (4 * 8 + 2 * 8 + 2 * 4 + 3 * 16) + 4 * (2 + 2)),
             "logits (estimate)": 2 * 1000 * 30 + 2 * 30 * 8,
-            "gathered (estimate)": 4 * root + (3 * 2 + 2 + 4) * (linears + norms),
+            "gathered (estimate)": 4 * root + (4 * 2 + 2 + 4) * (linears + norms),
             "backward's end (estimate)": (2 + 2 + 4) * root,
-            "step (estimate)": max(3 * 2 * row_numbers, 4 * 2 * 128)}
+            "step (estimate)": max(2 * 2 * row_numbers, 4 * 2 * 128)}
     begin = want["activations (estimate)"] + want["logits (estimate)"] + want["gathered (estimate)"]
     kept = want["weights"] + want["gradients"] + want["moments and masters"]
     assert got == want | {"peak (estimate)": kept + begin}
