@@ -302,7 +302,8 @@ class Owners:
 
     def held(self, name):
         """The rows that this rank has."""
-        return self.rows(name, self.rank) if isinstance(self.params[name], DTensor) else slice(None)
+        p = self.params[name]
+        return self.rows(name, self.rank) if isinstance(p, DTensor) else slice(0, len(p))
 
     def rows_shape(self, name, r):
         rows = self.rows(name, r)
