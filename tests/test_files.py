@@ -11,12 +11,14 @@ import shutil
 import signal
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+import transformers
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, safe_open, save_file
@@ -26,15 +28,41 @@ import data
 import molf
 import train
 from lib.checkpoints import Checkpoints, last_checkpoint
-from lib.files import (download, find_checkpoint, hub_files, locked, log_until,
-                       only_one, read_record, refuse_infinite, run_flags, save_record, save_safely,
-                       weight_files)
+from lib.files import (download, find_checkpoint, hub_files, locked, log_until, only_one, read_record,
+                       refuse_infinite, run_flags, save_record, save_safely, save_weights, weight_files)
 from model import Transformer, add_experts
 
 TOY = Path(__file__).parents[1] / "toy"
 
 
 # ----------------------------------------------------------------------------------------------- safe writes
+
+def test_a_large_model_is_written_in_shards_that_transformers_reads(tmp_path, monkeypatch):
+    """The limit of 5 GB made small. A model that was saved there before leaves nothing that is read."""
+    model = Transformer.from_pretrained("toy")
+    model.save_pretrained(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("model.save_weights", partial(save_weights, limit=1_000_000))
+        model.save_pretrained(tmp_path)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    n = len(files)
+    assert [f.name for f in files] == [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
+    assert n > 2 and all(f.stat().st_size < 1_100_000 for f in files)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for f in files for t in load_file(f).values())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(theirs(ids).logits, model.float()(ids))
+    assert_same_weights(Transformer.from_pretrained(tmp_path), model)
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "model.safetensors.index.json").exists()
+    assert_same_weights(Transformer.from_pretrained(tmp_path), model)
+
+
+def assert_same_weights(a, b):
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
 
 def test_a_failed_write_leaves_the_good_file(tmp_path, monkeypatch):
     model = Transformer.from_pretrained("toy")
