@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, safe_open
+from transformers import AutoModelForCausalLM
 
 import data
 import train
@@ -24,6 +25,7 @@ from lib import parallel
 from lib import ranks as ranks_
 from lib.checkpoints import Saved, checkpoint_files, files_of, write
 from lib.fast import FastStep
+from lib.files import save_weights
 from model import Transformer, add_experts
 from molf import MoLFAdamW, param_groups
 
@@ -91,8 +93,9 @@ def log_of(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def assert_same_run(a, b):
-    """Two runs of the same flags: what they left, but for times and rounding."""
+def assert_same_run(a, b, compared=True):
+    """Two runs of the same flags: what they left, but for times and rounding. compared: did the second one load
+    its export and compare the loss?"""
     for r, s in zip(log_of(a), log_of(b), strict=True):
         assert r.keys() == s.keys() and r["step"] == s["step"] and r.get("lr") == s.get("lr")
         assert s["loss"] == pytest.approx(r["loss"], rel=1e-6)
@@ -104,13 +107,16 @@ def assert_same_run(a, b):
         assert torch.equal(routing["gates"], others["gates"])
     torch.testing.assert_close(others["gates"], routing["gates"], rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(others["scores"], routing["scores"], rtol=1e-3, atol=1e-9)
-    for name, w in load_file(a / "model" / "model.safetensors").items():
-        other = load_file(b / "model" / "model.safetensors")[name]
-        assert (w - other).abs().max() <= 5e-5 * w.abs().max(), name
+    exported, others = (dict(Transformer.from_pretrained(x).named_parameters()) for x in (a, b))
+    assert exported.keys() == others.keys()
+    for name, w in exported.items():
+        assert (w - others[name]).abs().max() <= 5e-5 * w.abs().max(), name
     first, second = (json.loads((x / "results.json").read_text()) for x in (a, b))
     for when in ("before", "after"):
         assert first[when] | {"seconds": 0} == second[when] | {"seconds": 0}
-    assert second["loss"] == pytest.approx(first["loss"], rel=1e-5)
+    assert second["loss"]["trained"] == pytest.approx(first["loss"]["trained"], rel=1e-5)
+    exported = pytest.approx(first["loss"]["exported"], rel=1e-5) if compared else None
+    assert second["loss"]["exported"] == exported
     lines = [[json.loads(line)["prediction"] for line in (x / "predictions.jsonl").read_text().splitlines()]
              for x in (a, b)]
     assert lines[0] == lines[1]
@@ -136,6 +142,50 @@ def test_several_ranks_are_one_process(n, flags, tmp_path):
     assert_same_run(tmp_path / "one", tmp_path / "several")
     left = [{str(f.relative_to(x)) for f in x.rglob("*")} for x in (tmp_path / "one", tmp_path / "several")]
     assert left[0] == left[1]
+
+
+def no_room(r):
+    """No GPU has room for the whole model, and a file of an export has not either."""
+    parallel.fits = lambda model: False
+    save_weights.__defaults__ = (1_000_000,)
+
+
+def no_room_large(r):
+    large(r)
+    no_room(r)
+
+
+@pytest.mark.parametrize("flags, setup", [
+    ("--method molf --eval-every 3", no_room),
+    ("--method lora --eval-every 3", no_room),
+    ("--method molf-e", no_room_large),
+    ("--method molf-e --rest train", no_room_large),
+    ("--method molf --task sql --epochs 1 --eval-limit 5 --limit 20", no_room_large),
+])
+def test_a_model_that_is_whole_on_no_gpu_is_evaluated_and_exported_in_step(flags, setup, tmp_path):
+    one(tmp_path / "one", *SMALL, *flags.split())
+    ranks(2, tmp_path / "several", *SMALL, *flags.split(), setup=setup)
+    assert len(list((tmp_path / "several" / "model").glob("model-*.safetensors"))) > 1
+    assert_same_run(tmp_path / "one", tmp_path / "several", compared=False)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "several" / "model").state_dict()
+    for name, w in Transformer.from_pretrained(tmp_path / "several").named_parameters():
+        assert torch.equal(w, reference[name]), name
+    if (tmp_path / "one" / "adapter").exists():
+        first, second = (load_file(tmp_path / x / "adapter" / "adapter_model.safetensors")
+                         for x in ("one", "several"))
+        torch.testing.assert_close(second, first, rtol=1e-3, atol=1e-5)
+
+
+def test_ranks_whose_loss_is_not_finite_leave_the_model_as_it_was_before(tmp_path):
+    flags = *SMALL, "--lr", 1e15, "--lora-lr", 1e15
+    with pytest.raises(SystemExit, match="stopped at step 2"):
+        one(tmp_path / "one", *flags)
+    codes, _, stderr = Ranks(2, tmp_path / "several", *flags).end()
+    assert codes == [1, 1]
+    assert stderr[0].startswith("error: stopped at step 2: loss nan") and not stderr[1]
+    before, after = (load_file(tmp_path / x / "last-good" / "model.safetensors") for x in ("one", "several"))
+    for name, w in before.items():
+        assert w.isfinite().all() and (after[name] - w).abs().max() <= 0.05 * w.abs().max(), name
 
 
 def torchrun(n, *args):
