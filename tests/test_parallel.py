@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, safe_open
+from safetensors.torch import load_file, safe_open, save_file
 from transformers import AutoModelForCausalLM
 
 import data
@@ -386,6 +386,22 @@ def test_ranks_on_machines_with_other_files_are_refused(setup, message, tmp_path
     out = tmp_path / "run"
     codes, stdout, stderr = Ranks(2, out, "--eval-limit", 8, setup=setup).end()
     assert_refused(codes, stdout, stderr, message, out)
+
+
+def test_weights_that_one_rank_cannot_use_are_refused_before_a_finished_run_is_replaced(tmp_path):
+    shutil.copytree(ROOT / "toy", tmp_path / "toy")
+    flags = "--model", tmp_path / "toy", "--data", "toy", "--eval-data", "toy", "--limit", 8, "--epochs", 1
+    out = tmp_path / "run"
+    one(out, *flags)
+    before = {f: f.read_bytes() for f in out.rglob("*") if f.is_file()}
+    file = tmp_path / "toy" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.1.mlp.up_proj.weight"][-1, 3] = torch.inf         # a row of the last rank
+    save_file(weights, file)
+    codes, stdout, stderr = Ranks(2, out, *flags, "--overwrite").end()
+    assert codes == [1, 1] and stderr[1] == ""
+    assert stderr[0] == "error: rank 1: model.layers.1.mlp.up_proj.weight holds NaN or infinite numbers\n"
+    assert {f: f.read_bytes() for f in out.rglob("*") if f.is_file()} == before
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):
