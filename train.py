@@ -456,7 +456,8 @@ def run(model, tokenizer, rows, inputs, a, out):
         clear_run(out)
         save_record(out / "config.json", record)                # for --resume
     ranks.wait()
-    ranks.refuse_differences({f"{out}, which all must see": (out / "config.json").exists()})
+    ranks.refuse_differences({f"{path}, which all must see": path.read_bytes() if path.exists() else None
+                              for path in (out / "config.json", first_result)})
     if first_result.exists():                                   # --resume
         before = read_first_result(first_result)
     else:

@@ -89,17 +89,9 @@ def on_first(function):
     return box[0]
 
 @contextmanager
-def first_goes_first():
-    """The other ranks come in when the first has left."""
-    if not first():
-        wait()
-    yield
-    if first():
-        wait()
-
-@contextmanager
 def together():
-    """What ends one rank in here ends all of them. The first rank says why, also if it was another one."""
+    """What ends one rank in here ends all of them. The first rank says why, also if it was another one. An end
+    without an error (--help) comes to every rank by itself."""
     if not several():
         yield
         return
@@ -108,6 +100,8 @@ def together():
         with suppress() if first() else redirect_stderr(muted):
             yield
     except (Exception, SystemExit) as e:
+        if isinstance(e, SystemExit) and not e.code:
+            raise
         error = e
     said = muted.getvalue().strip().splitlines() or [one_line(error)]
     reasons = of_all(said[-1].partition("error: ")[2] or said[-1] if error else None)

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -373,11 +374,6 @@ def no_model(r):
     train.find_checkpoint = find if r else train.find_checkpoint
 
 
-def other_disk(r):
-    os.makedirs(f"disk{r}")
-    os.chdir(f"disk{r}")
-
-
 @pytest.mark.parametrize("setup, message", [
     (other_rows, "error: rank 1 is not like rank 0 in training rows"),
     (no_model, "error: rank 1: no directory toy"),
@@ -386,6 +382,27 @@ def test_ranks_on_machines_with_other_files_are_refused(setup, message, tmp_path
     out = tmp_path / "run"
     codes, stdout, stderr = Ranks(2, out, "--eval-limit", 8, setup=setup).end()
     assert_refused(codes, stdout, stderr, message, out)
+
+
+def disk_of(folder, r):
+    os.chdir(folder / f"disk{r}")
+
+
+def test_ranks_that_do_not_see_one_directory_are_refused_also_if_another_run_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for r in (0, 1):
+        one(Path(f"disk{r}/run"), "--limit", 8, "--epochs", 1 + r)
+        (tmp_path / f"disk{r}" / "run" / "results.json").unlink()
+    flags = {r: ("--limit", 8, "--out", "run") for r in (0, 1)}
+    codes, _, stderr = Ranks(2, tmp_path / "run", more=flags, setup=partial(disk_of, tmp_path)).end()
+    assert codes == [1, 1]
+    assert stderr == ["error: rank 1 is not like rank 0 in run/config.json, which all must see\n", ""]
+
+
+def test_help_is_given_once_and_is_no_failure(tmp_path):
+    codes, stdout, stderr = Ranks(2, tmp_path / "run", "--help").end()
+    assert codes == [0, 0] and stderr == ["", ""]
+    assert stdout[0].startswith("usage:") and not stdout[1]
 
 
 def test_weights_that_one_rank_cannot_use_are_refused_before_a_finished_run_is_replaced(tmp_path):
