@@ -12,6 +12,7 @@ import io
 import os
 import sys
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -25,7 +26,8 @@ def processes():
     if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
         yield
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=3))    # to write or download takes a while
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if first() else nowhere):
             yield

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -403,6 +404,21 @@ def test_help_is_given_once_and_is_no_failure(tmp_path):
     codes, stdout, stderr = Ranks(2, tmp_path / "run", "--help").end()
     assert codes == [0, 0] and stderr == ["", ""]
     assert stdout[0].startswith("usage:") and not stdout[1]
+
+
+def long_write(r):
+    """PyTorch gives up when a rank waits for 30 minutes; here for 2 seconds."""
+    torch.distributed.distributed_c10d._get_default_timeout = lambda backend: timedelta(seconds=2)
+    save = train.save_results
+
+    def slow(*args):
+        time.sleep(5)
+        save(*args)
+    train.save_results = slow
+
+
+def test_ranks_wait_for_the_first_one_while_it_writes(tmp_path):
+    ranks(2, tmp_path / "run", "--limit", 8, "--epochs", 1, "--eval-limit", 2, setup=long_write)
 
 
 def test_weights_that_one_rank_cannot_use_are_refused_before_a_finished_run_is_replaced(tmp_path):
