@@ -379,9 +379,10 @@ class Transformer(nn.Module):
 
         def tensors():
             for part in parts(self):
-                for name in sizes.keys() & part:
+                for name in [name for name in part if name in sizes]:
                     p = layers[name].merged() if name in layers else self.get_parameter(name)
-                    yield name, p.detach().to("cpu", dtype).contiguous()
+                    # a copy, because the memory of a part is taken back when the next one comes
+                    yield name, p.detach().to("cpu", dtype, copy=True).contiguous()
 
         raw = {k: v for k, v in self.config.raw.items() if k != "dtype"}
         raw["architectures"] = ["Gemma3ForCausalLM" if self.config.gemma else "Qwen2ForCausalLM"]

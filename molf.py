@@ -21,6 +21,7 @@ plain AdamW step. All arithmetic is fp32; the state holds an fp32 master copy of
     optimizer.gates, optimizer.scores           # (modules, experts) of the last step, on the device
     python molf.py                              # a demonstration: which expert moves where, rule by rule
 """
+import hashlib
 import math
 from typing import NamedTuple
 
@@ -213,6 +214,11 @@ def observe_and_move(e, clip, ok):
     write_moments(e, m, v, ok)
     move(e, ok.float())                                 # e.m and e.v, the stored ones, are new now
 
+def random_number(seed, t):
+    """-> from 0 to 1, the same on any number of GPUs. (Python's hash() would be correlated from t to t.)"""
+    digest = hashlib.sha256(f"{seed} {t}".encode()).digest()
+    return int.from_bytes(digest[:3], "big") / 2 ** 24
+
 def name_of(function):
     return getattr(function, "__name__", function)
 
@@ -358,8 +364,7 @@ class MoLFAdamW(torch.optim.Optimizer):
             decay = 1 - lr * group["weight_decay"]
             step_size = lr / (1 - beta1 ** t)
             correction = (1 - beta2 ** t) ** 0.5
-            chance = hash((group["seed"], t)) % 2 ** 24 / 2 ** 24       # the same on any number of GPUs
-            table.append((lr, decay, step_size, correction, t, chance))
+            table.append((lr, decay, step_size, correction, t, random_number(group["seed"], t)))
         rates = torch.tensor(table)
         if self.gates.is_cuda:
             return rates.pin_memory().to(self.gates.device, non_blocking=True)

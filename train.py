@@ -428,10 +428,10 @@ def dry_run(config, rows, a):
 
 def prepare(model, rows, a):
     """Put the experts in, and say what there is to do."""
-    model.eval()
     model.checkpointing = a.checkpointing
     torch.manual_seed(a.seed)                               # of A and of dropout
     add_experts(model, a.ranks, a.alpha, a.method in ("fft", "molf"), a.dropout, train_rest=a.rest == "train")
+    model.eval()
     counts = count_parameters(model)
     steps = a.epochs * math.ceil(len(rows.examples) / a.batch_size)
     print(f"{a.method} on {a.model}, task {a.task}: {len(rows.examples)} rows, {steps} steps, seed {a.seed}\n"
@@ -444,16 +444,20 @@ def run(model, tokenizer, rows, inputs, a, out):
     print(f"{a.model}, task {a.task}: {len(rows.questions)} rows of {a.eval_data} to evaluate on; eos "
           f"{tokenizer.eos_ids}, bos {tokenizer.bos_id}")
     record = dict(flags=vars(a), inputs=inputs, date=begun(out, a))
-    if not a.resume and ranks.first():
-        clear_run(out)
-        save_record(out / "config.json", record)                # for --resume
-    ranks.wait()
-    ranks.refuse_differences({f"{out}, which all must see": (out / "config.json").exists()})
     if not a.eval_only:
         record |= prepare(model, rows, a)
         groups = param_groups(model, a.lr, a.lora_lr, a.weight_decay, a.lora_weight_decay)
         module_names = [name for name, _ in molf_layers(model)]
-        groups = parallel.distribute(model, groups, a.device)
+        try:
+            groups = parallel.distribute(model, groups, a.device)
+        except ValueError as e:         # several ranks have read the weights only now
+            stop(e)
+    if not a.resume and ranks.first():
+        clear_run(out)
+        save_record(out / "config.json", record)                # for --resume
+    ranks.wait()
+    ranks.refuse_differences({f"{path}, which all must see": path.read_bytes() if path.exists() else None
+                              for path in (out / "config.json", first_result)})
     if first_result.exists():                                   # --resume
         before = read_first_result(first_result)
     else:

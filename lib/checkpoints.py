@@ -57,10 +57,13 @@ def write(file, header, tensors):
     write_safely(file, lambda path: save_file(tensors, path, header))
 
 def damage(file):
-    """-> what is wrong with a file that `write` wrote, as a text; None if nothing is"""
+    """-> what is wrong with a file that `write` wrote, as a text; None if nothing is. OSError if an older version
+    of this program wrote it: that is not to be lost."""
     try:
         with safe_open(file, "pt") as f:
             header = dict(f.metadata() or {})
+            if "checksum" in header and not header.keys() & {"ranks", "rows"}:
+                raise OSError(f"{file} was written by an older version: go on with that, or --overwrite")
             noted = header.pop("checksum", None)
             if noted != checksum(header, ((name, f.get_tensor(name)) for name in f.keys())):
                 return "its checksum is wrong"

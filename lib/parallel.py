@@ -29,7 +29,7 @@ from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shar
 from torch.distributed.tensor import DTensor
 
 from data import to_device
-from lib.ranks import balanced, in_step, largest, n_ranks, of_all, rank, several
+from lib.ranks import balanced, in_step, largest, n_ranks, of_all, rank, several, together
 from model import Transformer, draw_A, load_weights, molf_layers
 
 GROUP_BYTES = 1 << 27       # of a rank's rows in one all-to-all: the size of its buffers
@@ -39,7 +39,8 @@ EMPTY = 16, 1, 1, 16        # a micro-batch without examples, as a size for data
 def distribute(model, groups, device, load=None):
     """Share out a model that is on the meta device and has its experts. groups: those of param_groups.
     load(name, rows): gives these rows of a base weight (default: from the files that the model came from).
-    -> the groups for the optimizer of this rank. There must be a layer for each rank."""
+    -> the groups for the optimizer of this rank. There must be a layer for each rank. ValueError on the first
+    rank if the weights cannot be used; the others exit."""
     if not several():
         return groups
     model.owners = Owners(model, groups, torch.device(device), load)
@@ -255,7 +256,8 @@ class Owners:
         """The base's rows from `load` to FSDP2, whole matrices to their owners, and all LoRA experts drawn as
         in one process. mine: {name: layer} that is owned here, still without memory."""
         base = [name for name in self.params if ".A." not in name and ".B." not in name]
-        load = load or from_files(self.model, self.device, {name: self.held(name) for name in base})
+        with together():
+            load = load or from_files(self.model, self.device, {name: self.held(name) for name in base})
         for name in base:
             local(self.params[name]).copy_(load(name, self.held(name)))
         whole = {}

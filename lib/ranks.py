@@ -12,6 +12,7 @@ import io
 import os
 import sys
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -25,7 +26,8 @@ def processes():
     if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
         yield
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=3))    # to write or download takes a while
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if first() else nowhere):
             yield
@@ -89,17 +91,9 @@ def on_first(function):
     return box[0]
 
 @contextmanager
-def first_goes_first():
-    """The other ranks come in when the first has left."""
-    if not first():
-        wait()
-    yield
-    if first():
-        wait()
-
-@contextmanager
 def together():
-    """What ends one rank in here ends all of them. The first rank says why, also if it was another one."""
+    """What ends one rank in here ends all of them. The first rank says why, also if it was another one. An end
+    without an error (--help) comes to every rank by itself."""
     if not several():
         yield
         return
@@ -108,6 +102,8 @@ def together():
         with suppress() if first() else redirect_stderr(muted):
             yield
     except (Exception, SystemExit) as e:
+        if isinstance(e, SystemExit) and not e.code:
+            raise
         error = e
     said = muted.getvalue().strip().splitlines() or [one_line(error)]
     reasons = of_all(said[-1].partition("error: ")[2] or said[-1] if error else None)

@@ -606,6 +606,17 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_taken(damage, tmp
     assert said.count("\n") == 1 and said.startswith(f"{newest} is not whole (")
 
 
+def test_a_checkpoint_of_an_older_version_is_refused_and_stays(tmp_path):
+    """Its header had neither the number of ranks nor their rows. It is whole, so it must not be set aside."""
+    model, optimizer, checkpoints = small(0, tmp_path)
+    checkpoints.save(1, small_steps(model, optimizer, 1))
+    (file,) = checkpoints.files()
+    rewritten(lambda header, tensors: (header.pop("ranks"), header.pop("rows")))(file)
+    with pytest.raises(OSError, match=f"{file} was written by an older version"):
+        checkpoints.load()
+    assert checkpoints.files() == [file]
+
+
 def test_each_flipped_bit_of_a_checkpoint_is_noticed(tmp_path, capsys):
     """One anywhere in the file: in its header, or in a tensor of any kind and type."""
     model, optimizer, checkpoints = small(0, tmp_path)

@@ -203,6 +203,19 @@ def test_scores_by_hand(kind):
     assert SCORES["random"](e).item() == 0.375
 
 
+def test_a_coin_is_fair_in_every_module_and_forgets_its_last_tosses():
+    _, optimizer = molf_net(score=molf.coin)
+    seen = [True] * len(optimizer.param_groups)
+    chances = torch.stack([optimizer.rates(seen)[:6, molf.CHANCE] for _ in range(900)])
+    wins = (chances[:, ::2] > chances[:, 1::2]).float()                     # (steps, modules)
+    sigma = 900 ** -0.5
+    assert ((wins.mean(0) - 0.5).abs() < 5 * sigma / 2).all()
+    assert (torch.corrcoef(wins.T) - torch.eye(3)).abs().max() < 5 * sigma
+    for series in (*wins.T, *chances.T):
+        for lag in range(1, 10):
+            assert torch.corrcoef(torch.stack([series[:-lag], series[lag:]]))[0, 1].abs() < 5 * sigma
+
+
 def test_epd_depends_on_shape_as_predicted_at_the_start():
     """With B = 0 and white gradients, LoRA's score is about 1.63 out/(in + out) of the full expert's
     (alpha 32, r 128, A of standard deviation 1/sqrt(3 in)): what EPD prefers at the start is set by shapes,
@@ -590,7 +603,7 @@ def test_every_route_and_a_coin_resume_bit_for_bit(route):
             seen.append(optimizer.gates.clone())
         return seen
     options = dict(route=ROUTES[route], score=molf.coin, ranks=(2, 4))
-    data = batches(24)
+    data = batches(34)
     net, optimizer = molf_net(**options)
     run(net, optimizer, data[:13])
     saved = copy.deepcopy((net.state_dict(), optimizer.state_dict(), torch.get_rng_state()))

@@ -12,11 +12,14 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, safe_open
+from safetensors.torch import load_file, safe_open, save_file
+from transformers import AutoModelForCausalLM
 
 import data
 import train
@@ -24,6 +27,7 @@ from lib import parallel
 from lib import ranks as ranks_
 from lib.checkpoints import Saved, checkpoint_files, files_of, write
 from lib.fast import FastStep
+from lib.files import save_weights
 from model import Transformer, add_experts
 from molf import MoLFAdamW, param_groups
 
@@ -91,8 +95,9 @@ def log_of(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def assert_same_run(a, b):
-    """Two runs of the same flags: what they left, but for times and rounding."""
+def assert_same_run(a, b, compared=True):
+    """Two runs of the same flags: what they left, but for times and rounding. compared: did the second one load
+    its export and compare the loss?"""
     for r, s in zip(log_of(a), log_of(b), strict=True):
         assert r.keys() == s.keys() and r["step"] == s["step"] and r.get("lr") == s.get("lr")
         assert s["loss"] == pytest.approx(r["loss"], rel=1e-6)
@@ -104,13 +109,16 @@ def assert_same_run(a, b):
         assert torch.equal(routing["gates"], others["gates"])
     torch.testing.assert_close(others["gates"], routing["gates"], rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(others["scores"], routing["scores"], rtol=1e-3, atol=1e-9)
-    for name, w in load_file(a / "model" / "model.safetensors").items():
-        other = load_file(b / "model" / "model.safetensors")[name]
-        assert (w - other).abs().max() <= 5e-5 * w.abs().max(), name
+    exported, others = (dict(Transformer.from_pretrained(x).named_parameters()) for x in (a, b))
+    assert exported.keys() == others.keys()
+    for name, w in exported.items():
+        assert (w - others[name]).abs().max() <= 5e-5 * w.abs().max(), name
     first, second = (json.loads((x / "results.json").read_text()) for x in (a, b))
     for when in ("before", "after"):
         assert first[when] | {"seconds": 0} == second[when] | {"seconds": 0}
-    assert second["loss"] == pytest.approx(first["loss"], rel=1e-5)
+    assert second["loss"]["trained"] == pytest.approx(first["loss"]["trained"], rel=1e-5)
+    exported = pytest.approx(first["loss"]["exported"], rel=1e-5) if compared else None
+    assert second["loss"]["exported"] == exported
     lines = [[json.loads(line)["prediction"] for line in (x / "predictions.jsonl").read_text().splitlines()]
              for x in (a, b)]
     assert lines[0] == lines[1]
@@ -136,6 +144,50 @@ def test_several_ranks_are_one_process(n, flags, tmp_path):
     assert_same_run(tmp_path / "one", tmp_path / "several")
     left = [{str(f.relative_to(x)) for f in x.rglob("*")} for x in (tmp_path / "one", tmp_path / "several")]
     assert left[0] == left[1]
+
+
+def no_room(r):
+    """No GPU has room for the whole model, and a file of an export has not either."""
+    parallel.fits = lambda model: False
+    save_weights.__defaults__ = (1_000_000,)
+
+
+def no_room_large(r):
+    large(r)
+    no_room(r)
+
+
+@pytest.mark.parametrize("flags, setup", [
+    ("--method molf --eval-every 3", no_room),
+    ("--method lora --eval-every 3", no_room),
+    ("--method molf-e", no_room_large),
+    ("--method molf-e --rest train", no_room_large),
+    ("--method molf --task sql --epochs 1 --eval-limit 5 --limit 20", no_room_large),
+])
+def test_a_model_that_is_whole_on_no_gpu_is_evaluated_and_exported_in_step(flags, setup, tmp_path):
+    one(tmp_path / "one", *SMALL, *flags.split())
+    ranks(2, tmp_path / "several", *SMALL, *flags.split(), setup=setup)
+    assert len(list((tmp_path / "several" / "model").glob("model-*.safetensors"))) > 1
+    assert_same_run(tmp_path / "one", tmp_path / "several", compared=False)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "several" / "model").state_dict()
+    for name, w in Transformer.from_pretrained(tmp_path / "several").named_parameters():
+        assert torch.equal(w, reference[name]), name
+    if (tmp_path / "one" / "adapter").exists():
+        first, second = (load_file(tmp_path / x / "adapter" / "adapter_model.safetensors")
+                         for x in ("one", "several"))
+        torch.testing.assert_close(second, first, rtol=1e-3, atol=1e-5)
+
+
+def test_ranks_whose_loss_is_not_finite_leave_the_model_as_it_was_before(tmp_path):
+    flags = *SMALL, "--lr", 1e15, "--lora-lr", 1e15
+    with pytest.raises(SystemExit, match="stopped at step 2"):
+        one(tmp_path / "one", *flags)
+    codes, _, stderr = Ranks(2, tmp_path / "several", *flags).end()
+    assert codes == [1, 1]
+    assert stderr[0].startswith("error: stopped at step 2: loss nan") and not stderr[1]
+    before, after = (load_file(tmp_path / x / "last-good" / "model.safetensors") for x in ("one", "several"))
+    for name, w in before.items():
+        assert w.isfinite().all() and (after[name] - w).abs().max() <= 0.05 * w.abs().max(), name
 
 
 def torchrun(n, *args):
@@ -323,11 +375,6 @@ def no_model(r):
     train.find_checkpoint = find if r else train.find_checkpoint
 
 
-def other_disk(r):
-    os.makedirs(f"disk{r}")
-    os.chdir(f"disk{r}")
-
-
 @pytest.mark.parametrize("setup, message", [
     (other_rows, "error: rank 1 is not like rank 0 in training rows"),
     (no_model, "error: rank 1: no directory toy"),
@@ -336,6 +383,58 @@ def test_ranks_on_machines_with_other_files_are_refused(setup, message, tmp_path
     out = tmp_path / "run"
     codes, stdout, stderr = Ranks(2, out, "--eval-limit", 8, setup=setup).end()
     assert_refused(codes, stdout, stderr, message, out)
+
+
+def disk_of(folder, r):
+    os.chdir(folder / f"disk{r}")
+
+
+def test_ranks_that_do_not_see_one_directory_are_refused_also_if_another_run_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for r in (0, 1):
+        one(Path(f"disk{r}/run"), "--limit", 8, "--epochs", 1 + r)
+        (tmp_path / f"disk{r}" / "run" / "results.json").unlink()
+    flags = {r: ("--limit", 8, "--out", "run") for r in (0, 1)}
+    codes, _, stderr = Ranks(2, tmp_path / "run", more=flags, setup=partial(disk_of, tmp_path)).end()
+    assert codes == [1, 1]
+    assert stderr == ["error: rank 1 is not like rank 0 in run/config.json, which all must see\n", ""]
+
+
+def test_help_is_given_once_and_is_no_failure(tmp_path):
+    codes, stdout, stderr = Ranks(2, tmp_path / "run", "--help").end()
+    assert codes == [0, 0] and stderr == ["", ""]
+    assert stdout[0].startswith("usage:") and not stdout[1]
+
+
+def long_write(r):
+    """PyTorch gives up when a rank waits for 30 minutes; here for 2 seconds."""
+    torch.distributed.distributed_c10d._get_default_timeout = lambda backend: timedelta(seconds=2)
+    save = train.save_results
+
+    def slow(*args):
+        time.sleep(5)
+        save(*args)
+    train.save_results = slow
+
+
+def test_ranks_wait_for_the_first_one_while_it_writes(tmp_path):
+    ranks(2, tmp_path / "run", "--limit", 8, "--epochs", 1, "--eval-limit", 2, setup=long_write)
+
+
+def test_weights_that_one_rank_cannot_use_are_refused_before_a_finished_run_is_replaced(tmp_path):
+    shutil.copytree(ROOT / "toy", tmp_path / "toy")
+    flags = "--model", tmp_path / "toy", "--data", "toy", "--eval-data", "toy", "--limit", 8, "--epochs", 1
+    out = tmp_path / "run"
+    one(out, *flags)
+    before = {f: f.read_bytes() for f in out.rglob("*") if f.is_file()}
+    file = tmp_path / "toy" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.1.mlp.up_proj.weight"][-1, 3] = torch.inf         # a row of the last rank
+    save_file(weights, file)
+    codes, stdout, stderr = Ranks(2, out, *flags, "--overwrite").end()
+    assert codes == [1, 1] and stderr[1] == ""
+    assert stderr[0] == "error: rank 1: model.layers.1.mlp.up_proj.weight holds NaN or infinite numbers\n"
+    assert {f: f.read_bytes() for f in out.rglob("*") if f.is_file()} == before
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):

@@ -452,6 +452,18 @@ def test_warm_up_then_cosine_to_zero():
 
 # ------------------------------------------------------------------------------- killed, stopped and resumed
 
+def test_a_run_with_dropout_that_ended_behind_its_first_evaluation_begins_as_ever(tmp_path, monkeypatch):
+    """The first evaluation takes no random numbers, which the resumed run would not take again."""
+    args = ["--dropout", 0.3, "--limit", 16, "--epochs", 2, "--eval-limit", 4]
+    main(*args, "--out", tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "train", lambda *args: sys.exit(1))
+        main(*args, "--out", tmp_path / "cut")
+    main("--resume", "--out", tmp_path / "cut")
+    for name in ("model/model.safetensors", "routing.safetensors"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("method", ["fft", "lora", "molf", "molf-e"])
 def test_a_run_resumed_on_a_gpu_has_the_same_losses(method, tmp_path):
