@@ -580,9 +580,9 @@ def read_config(directory):
         return Config.from_dict(raw)
 
 def load_weights(model, directory, dtype, device, rows=None):
-    """-> {name: parameter} for a model on the meta device, from safetensors; every tensor is accounted for. Of
-    a multimodal Gemma-3 the text part is taken, under either of its two prefixes. rows: {name: slice}, to
-    read no more than these. On the meta device nothing is read but names, types and shapes."""
+    """-> {name: parameter} for a model on the meta device, from safetensors; every tensor is accounted for.
+    Of a multimodal Gemma-3 the text part is taken, under either of its two prefixes. rows: {name: slice},
+    to read no more than these. On the meta device nothing is read but names, types and shapes."""
     want = dict(model.named_parameters())
     got, unexpected, wrong, head = {}, [], [], None
 

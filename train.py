@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 import data
 import molf
-from data import Tokenizer, batch_of, count_targets, count_tokens, micro_batches, read_data, to_device
+from data import Tokenizer, batch_of, count_targets, count_tokens, read_data
 from lib import parallel, ranks
 from lib.checkpoints import Checkpoints, last_checkpoint
 from lib.evaluate import batch_loss, evaluate, flat
@@ -280,15 +280,8 @@ def make_step(model, optimizer, batches, a):
         return FastStep(step_on_micros, model, optimizer, batches, a.max_tokens, a.batch_size)
 
     def plain(batch):
-        micros = [to_device(m, device, None if m else parallel.EMPTY) for m in own_micros(batch, a.max_tokens)]
-        return step_on_micros(micros, count_targets(batch))
+        return step_on_micros(parallel.micros_here(batch, a.max_tokens, device), count_targets(batch))
     return plain
-
-def own_micros(batch, max_tokens):
-    """-> the micro-batches of this rank: in one process all. Ranks have equal numbers of them, some empty."""
-    of_ranks = [list(micro_batches(share, max_tokens)) for share in ranks.shares(batch)]
-    own = of_ranks[ranks.rank()]
-    return own + [[]] * (max(map(len, of_ranks)) - len(own))
 
 def train(model, optimizer, examples, a, log=print, held_out=None, checkpoints=None, start=None):
     """Train `model` on `examples` with the flags `a`. Call log(line, record) at the first and the last step

@@ -99,11 +99,6 @@ def batches_of(task, a, vocab_size):
     return [examples[i * size:(i + 1) * size] for i in range(a.steps)]
 
 
-def micro_batches(batch, max_tokens, device):
-    """This rank's part of a batch, as Transformer.loss wants it."""
-    return [data.to_device(m, device, None if m else parallel.EMPTY) for m in train.own_micros(batch, max_tokens)]
-
-
 def compiled(step):
     """step(batch), with its blocks and its loss compiled, but not captured as a CUDA graph."""
     fast.configure_compiler()
@@ -254,7 +249,7 @@ def peer(method, config, load, flags, device, mesh, sequences):
         """Of this rank's micro-batches, one at a time. Their sum is the rank's part of the loss."""
         n_targets = count_targets(batch)
         if packed:
-            for micro in micro_batches(batch, flags.max_tokens, device):
+            for micro in parallel.micros_here(batch, flags.max_tokens, device):
                 yield model.loss(*micro) / n_targets
             return
         rows = batch[ranks.rank()::ranks.n_ranks()]

@@ -1,8 +1,8 @@
 """Checkpoints of a run, from which --resume goes on as if it had never stopped.
 
-OUT/checkpoints/step-N.safetensors is one, a file that is whole or not there. Of several ranks each writes what it
-has: the others step-N.rank-I-of-M.safetensors, and then the first rank step-N.safetensors. A checkpoint is whole when
-that is there. Any number of ranks goes on from it. A file holds
+OUT/checkpoints/step-N.safetensors is one, a file that is whole or not there. Of several ranks each writes
+what it has: the others step-N.rank-I-of-M.safetensors, and then the first rank step-N.safetensors. A checkpoint
+is whole when that is there. Any number of ranks goes on from it. A file holds
 
     model.NAME                      a parameter, or rows of it
     optimizer.NAME.exp_avg          ... and so on: the optimizer's state of that parameter
@@ -57,8 +57,8 @@ def write(file, header, tensors):
     write_safely(file, lambda path: save_file(tensors, path, header))
 
 def damage(file):
-    """-> what is wrong with a file that `write` wrote, as a text; None if nothing is. OSError if an older version
-    of this program wrote it: that is not to be lost."""
+    """-> what is wrong with a file that `write` wrote, as a text; None if nothing is. OSError if an older
+    version of this program wrote it: that is not to be lost."""
     try:
         with safe_open(file, "pt") as f:
             header = dict(f.metadata() or {})

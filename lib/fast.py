@@ -139,8 +139,8 @@ class FastStep:
                 self.longest = max(self.longest, filler, *(len(e.ids) for e in micro))
 
     def cut(self, batch):
-        """-> n and the micro-batches of each rank: as few as fit into max_tokens, as even as can be, and all to
-        be padded to n. All ranks have as many, for they gather the weights together: some may be empty."""
+        """-> n and the micro-batches of each rank: as few as fit into max_tokens, as even as can be, and all
+        to be padded to n. All ranks have as many, for they gather the weights together: some may be empty."""
         shares = ranks.shares(batch)
         few = max(len(list(micro_batches(share, self.max_tokens))) for share in shares)
         limit = max(map(count_tokens, shares)) // few

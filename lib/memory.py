@@ -165,8 +165,8 @@ def logit_bytes(model, tokens, fast):
 
 def step_bytes(model, fast, n):
     """The optimizer's temporaries. Eager, AdamW of one parameter has seven fp32 copies of it. Compiled it has
-    none, but fold has B A of one layer on each stream. Before and after, n ranks exchange two groups of rows at
-    a time: what is sent, and what is received."""
+    none, but fold has B A of one layer on each stream. Before and after, n ranks exchange two groups of rows
+    at a time: what is sent, and what is received."""
     layers = [layer for _, layer in molf_layers(model)]
     exchanged = rows_bytes(trained([p for layer in layers for p in used(layer)]), n)
     exchange = 2 * min(2 * parallel.GROUP_BYTES, exchanged) if n > 1 else 0

@@ -1,8 +1,8 @@
 """A model on several GPUs: torchrun --nproc_per_node=N train.py ...
 
-PyTorch's FSDP2 keeps the weights that forward and backward use. Each of the N ranks has 1/N of the rows of every
-weight, and a block is gathered just before it runs. Each rank trains on its share of a batch, and FSDP2 adds up
-the gradients.
+PyTorch's FSDP2 keeps the weights that forward and backward use. Each of the N ranks has 1/N of the rows of
+every weight, and a block is gathered just before it runs. Each rank trains on its share of a batch, and FSDP2
+adds up the gradients.
 
 A routing rule wants to see whole matrices. So every linear layer has one owner, a rank that holds all of its
 experts and their moments, whole. The other ranks hold nothing of them. A step is then
@@ -15,8 +15,8 @@ experts and their moments, whole. The other ranks hold nothing of them. A step i
 pull and push are one all-to-all for a group of layers. What is not routed (embedding, norms, head) has no
 owner: AdamW works on single numbers, so each rank's optimizer moves its own rows.
 
-No rank ever holds the whole model, unless an evaluation gathers its weights on every GPU, where they fit. In one
-process every function here does nothing, or what it would do for a single rank.
+No rank ever holds the whole model, unless an evaluation gathers its weights on every GPU, where they fit. In
+one process every function here does nothing, or what it would do for a single rank.
 """
 import copy
 from contextlib import contextmanager
@@ -28,13 +28,14 @@ from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shar
                                     register_fsdp_forward_method)
 from torch.distributed.tensor import DTensor
 
-from data import to_device
-from lib.ranks import balanced, in_step, largest, n_ranks, of_all, rank, several, together
+from data import micro_batches, to_device
+from lib.ranks import balanced, in_step, largest, n_ranks, of_all, rank, several, shares, together
 from model import Transformer, draw_A, load_weights, molf_layers
 
 GROUP_BYTES = 1 << 27       # of a rank's rows in one all-to-all: the size of its buffers
 SMALL_BYTES = 8 << 30       # see `small`
-EMPTY = 16, 1, 1, 16        # a micro-batch without examples, as a size for data.to_device
+# a micro-batch without examples, as a size for data.to_device: tokens, sequences, targets, longest sequence
+EMPTY = 16, 1, 1, 16
 
 def distribute(model, groups, device, load=None):
     """Share out a model that is on the meta device and has its experts. groups: those of param_groups.
@@ -45,6 +46,14 @@ def distribute(model, groups, device, load=None):
         return groups
     model.owners = Owners(model, groups, torch.device(device), load)
     return model.owners.groups
+
+def micros_here(batch, max_tokens, device):
+    """-> the micro-batches of this rank, on the device: in one process all. Ranks have equal numbers of them,
+    because they gather the weights together, and some may be empty."""
+    of_ranks = [list(micro_batches(share, max_tokens)) for share in shares(batch)]
+    own = of_ranks[rank()]
+    own += [[]] * (max(map(len, of_ranks)) - len(own))
+    return [to_device(micro, device, None if micro else EMPTY) for micro in own]
 
 def owned(model):
     """A module of the layers whose experts are here: in one process the model."""
@@ -131,8 +140,9 @@ def kept(model, optimizer):
     state = optimizer.state_dict()
     groups, gates = state["param_groups"], state["routing"]["gates"]
     if several():
-        by_place = {i: group for part in of_all(dict(zip(model.owners.places, groups)))
-                    for i, group in part.items()}
+        by_place = {}
+        for part in of_all(dict(zip(model.owners.places, groups))):
+            by_place |= part
         groups = [by_place[i] for i in sorted(by_place)]
     return tensors, first_rows, groups, state["routing"] | {"gates": of_all_modules(model, gates)}
 
@@ -159,9 +169,9 @@ def restore(model, optimizer, saved, groups):
         state[i] = {key: saved.read(f"optimizer.{name}.{key}", slices.get(name))
                     for key in keys.get(f"optimizer.{name}", [])}
     numbers = iter(range(len(trained)))
-    groups = [group | {"params": [next(numbers) for _ in here["params"]]}
-              for group, here in zip(groups, optimizer.param_groups)]
-    optimizer.load_state_dict({"state": state, "param_groups": groups, "routing": routing})
+    numbered = [group | {"params": [next(numbers) for _ in own["params"]]}
+                for group, own in zip(groups, optimizer.param_groups)]
+    optimizer.load_state_dict({"state": state, "param_groups": numbered, "routing": routing})
 
 def own_randomness(a, step=0):
     """The random numbers of dropout on this rank, from this step on: other ones than on other ranks."""
@@ -224,8 +234,8 @@ class Owners:
         sizes = {name: sum(p.nbytes for p in layer.parameters()) for name, layer in found.items()}
         owner = balanced(sizes, len(self.ranks))
         self.n_modules = len(found)
-        here = [i for i, name in enumerate(found) if owner[name] == self.rank]
-        self.modules_here = torch.tensor(here, device=device)
+        numbers = [i for i, name in enumerate(found) if owner[name] == self.rank]
+        self.modules_here = torch.tensor(numbers, device=device)
         self.owner = {}                                             # {name of a parameter: a rank}
         for name, layer in found.items():
             self.owner |= {f"{name}.{leaf}": owner[name] for leaf, _ in layer.named_parameters()}
@@ -235,7 +245,8 @@ class Owners:
         self.params = dict(model.named_parameters())
         self.fill(found, mine, load)
         self.layers = nn.ModuleList(mine.values())
-        self.here = {f"{name}.{leaf}": p for name, layer in mine.items() for leaf, p in layer.named_parameters()}
+        self.here = {f"{name}.{leaf}": p
+                     for name, layer in mine.items() for leaf, p in layer.named_parameters()}
         self.slices = {name: self.rows(name, self.rank) for name in self.params if name not in self.owner}
         for name in self.slices:
             p = self.params[name]

@@ -1,8 +1,8 @@
 """Several processes that work together: torchrun --nproc_per_node=N train.py ...
 
-torchrun starts N processes, the ranks, one for each GPU. Here is what they need to act as one: they agree before
-they begin, share a batch and the questions of an evaluation, and end together. lib/parallel.py shares out the
-model. Only the first rank prints and writes.
+torchrun starts N processes, the ranks, one for each GPU. Here is what they need to act as one: they agree
+before they begin, share a batch and the questions of an evaluation, and end together. lib/parallel.py shares
+out the model. Only the first rank prints and writes.
 
 In one process every function here does nothing, or what it would do for a single rank, and no process group
 exists.
@@ -41,8 +41,8 @@ def processes():
     leave(0)
 
 def leave(code):
-    """End the process, as sys.exit(code) would. But gloo has threads that outlive its group, and that may abort
-    a process whose Python shuts down beside them."""
+    """End the process, as sys.exit(code) would. But gloo has threads that outlive its group, and may abort a
+    process whose Python shuts down beside them."""
     dist.destroy_process_group()
     if isinstance(code, str):
         print(code, file=sys.stderr)
@@ -92,8 +92,8 @@ def on_first(function):
 
 @contextmanager
 def together():
-    """What ends one rank in here ends all of them. The first rank says why, also if it was another one. An end
-    without an error (--help) comes to every rank by itself."""
+    """What ends one rank in here ends all of them. The first rank says why, also if it was another one. An
+    end without an error (--help) comes to every rank by itself."""
     if not several():
         yield
         return

@@ -224,9 +224,9 @@ def test_bytes_of_a_rank_are_counted_as_they_are(n, options, small, monkeypatch)
         port = s.getsockname()[1]
     env = os.environ | {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
                         "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1"}
-    children = [subprocess.Popen([sys.executable, "-c", RANK, json.dumps([options, small])], text=True, cwd=ROOT,
-                                 stderr=subprocess.PIPE, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)})
-                for r in range(n)]
+    command = [sys.executable, "-c", RANK, json.dumps([options, small])]
+    children = [subprocess.Popen(command, text=True, cwd=ROOT, stderr=subprocess.PIPE,
+                                 env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(n)]
     said = [child.communicate(timeout=120)[1] for child in children]
     assert [child.returncode for child in children] == [0] * n, said
     want = max((json.loads(text.strip().splitlines()[-1]) for text in said), key=sum)

@@ -96,7 +96,7 @@ def log_of(out):
 
 
 def assert_same_run(a, b, compared=True):
-    """Two runs of the same flags: what they left, but for times and rounding. compared: did the second one load
+    """Two runs of the same flags: what they left, but for times and rounding. compared: did the second load
     its export and compare the loss?"""
     for r, s in zip(log_of(a), log_of(b), strict=True):
         assert r.keys() == s.keys() and r["step"] == s["step"] and r.get("lr") == s.get("lr")
@@ -303,12 +303,14 @@ def wait_for(condition):
 def test_a_batch_is_shared_among_the_ranks_disjoint_complete_and_in_equal_numbers(monkeypatch):
     lengths = [5, 90, 3, 3, 40, 8, 60, 2, 2, 31]
     batch = [data.Example(list(range(n)), 1, i) for i, n in enumerate(lengths)]
+    monkeypatch.setattr(parallel, "to_device", lambda examples, device, size: examples)
     for n in (1, 2, 3, 12):
         monkeypatch.setattr(ranks_, "n_ranks", lambda: n)
         found = []
         for r in range(n):
             monkeypatch.setattr(ranks_, "rank", lambda: r)
-            found.append(train.own_micros(batch, 100))
+            monkeypatch.setattr(parallel, "rank", lambda: r)
+            found.append(parallel.micros_here(batch, 100, "cpu"))
         assert len({len(micros) for micros in found}) == 1
         rows = [e.row for micros in found for micro in micros for e in micro]
         assert sorted(rows) == list(range(10))
@@ -324,7 +326,7 @@ def test_a_batch_is_shared_among_the_ranks_disjoint_complete_and_in_equal_number
 
 
 def test_a_compiled_step_cuts_a_batch_of_several_ranks_into_one_size(monkeypatch):
-    """Graphs of all ranks gather the weights together, so their micro-batches have one number and one size."""
+    """Graphs of all ranks gather the weights together, so their micro-batches are as many and of one size."""
     rng = random.Random(0)
     batches = [[data.Example([1] * rng.randint(20, 900), 10, i) for i in range(32)] for _ in range(50)]
     batches[-1] = batches[-1][:2]                           # fewer sequences than ranks
