@@ -38,7 +38,7 @@ from torch.utils.checkpoint import checkpoint
 from lib.config import parse_config, peft_names
 from lib.files import (copy_companions, find_checkpoint, refuse_infinite, refuse_quantised, save_safely,
                        save_weights, weight_files)
-from lib.ranks import in_step, parts
+from lib.ranks import in_step, whole_groups
 from lib.read import naming, one_line, read_json
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -378,11 +378,11 @@ class Transformer(nn.Module):
                  if name.endswith((".weight", ".bias"))}                    # no expert's name does
 
         def tensors():
-            for part in parts(self):
-                for name in [name for name in part if name in sizes]:
+            for group in whole_groups(self):
+                for name in [name for name in group if name in sizes]:
                     p = layers[name].merged() if name in layers else self.get_parameter(name)
-                    # a copy, because the memory of a part is taken back when the next one comes
-                    yield name, p.detach().to("cpu", dtype, copy=True).contiguous()
+                    # a copy, where the memory of a group is taken back when the next one comes
+                    yield name, p.detach().to("cpu", dtype, copy=in_step(self)).contiguous()
 
         raw = {k: v for k, v in self.config.raw.items() if k != "dtype"}
         raw["architectures"] = ["Gemma3ForCausalLM" if self.config.gemma else "Qwen2ForCausalLM"]
@@ -403,8 +403,8 @@ class Transformer(nn.Module):
         state = {}
         names, targets = peft_names(self.source, list(layers))
         peft_name = dict(zip(layers, names))
-        for part in parts(self):
-            for name in [name for name in layers if f"{name}.A.0" in part]:
+        for group in whole_groups(self):
+            for name in [name for name in layers if f"{name}.A.0" in group]:
                 for key, matrix in zip("AB", layers[name].stacked()):
                     # without the prefix peft loads nothing and says nothing
                     key = f"base_model.model.{peft_name[name]}.lora_{key}.weight"

@@ -215,7 +215,7 @@ def observe_and_move(e, clip, ok):
     move(e, ok.float())                                 # e.m and e.v, the stored ones, are new now
 
 def random_number(seed, t):
-    """-> from 0 to 1, the same on any number of GPUs. (Python's hash() would be correlated from t to t.)"""
+    """-> from 0 to 1, the same on any number of GPUs. A digest has no state that a checkpoint would keep."""
     digest = hashlib.sha256(f"{seed} {t}".encode()).digest()
     return int.from_bytes(digest[:3], "big") / 2 ** 24
 
@@ -236,7 +236,7 @@ class MoLFAdamW(torch.optim.Optimizer):
                  score=epd, route=topk, top_k=1):
         groups = [dict(g) if isinstance(g, dict) else dict(params=[g]) for g in groups]
         self.weights = [group.pop("weight", None) for group in groups]      # not for state_dict()
-        routing = dict(kind="rest", module="", expert=0, scale=1.0, seed=0, t=0)
+        routing = dict(kind="rest", module="", expert=0, scale=1.0, seed="", t=0)
         super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **routing))
         self.score = score
         self.route = route
@@ -403,7 +403,7 @@ def param_groups(model, lr=5e-5, lora_lr=5e-5, weight_decay=0.1, lora_weight_dec
                 module=name,
                 expert=i,
                 scale=scale,
-                seed=hash((torch.initial_seed(), len(groups))),
+                seed=f"{torch.initial_seed()} {len(groups)}",
                 weight=layer.weight.detach(),
                 lr=lr if full else lora_lr,
                 weight_decay=weight_decay if full else lora_weight_decay,

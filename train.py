@@ -431,20 +431,25 @@ def prepare(model, rows, a):
           "parameters: " + ", ".join(f"{kind} {n:,}" for kind, n in counts.items()))
     return dict(parameters=counts, steps=steps, rows=len(rows.examples))
 
+def prepare_to_train(model, rows, a):
+    """-> what `prepare` says, the names of the modules, and the groups for the optimizer of this rank"""
+    said = prepare(model, rows, a)
+    module_names = [name for name, _ in molf_layers(model)]
+    groups = param_groups(model, a.lr, a.lora_lr, a.weight_decay, a.lora_weight_decay)
+    try:
+        return said, module_names, parallel.distribute(model, groups, a.device)
+    except ValueError as e:             # several ranks have read the weights only now
+        stop(e)
+
 def run(model, tokenizer, rows, inputs, a, out):
     """Evaluate, train, evaluate, export: all that a run leaves is written here, into its directory `out`."""
     task, first_result = data.TASKS[a.task], out / "before.json"
     print(f"{a.model}, task {a.task}: {len(rows.questions)} rows of {a.eval_data} to evaluate on; eos "
           f"{tokenizer.eos_ids}, bos {tokenizer.bos_id}")
     record = dict(flags=vars(a), inputs=inputs, date=begun(out, a))
-    if not a.eval_only:
-        record |= prepare(model, rows, a)
-        groups = param_groups(model, a.lr, a.lora_lr, a.weight_decay, a.lora_weight_decay)
-        module_names = [name for name, _ in molf_layers(model)]
-        try:
-            groups = parallel.distribute(model, groups, a.device)
-        except ValueError as e:         # several ranks have read the weights only now
-            stop(e)
+    ready = None
+    if ranks.several() and not a.eval_only:
+        ready = prepare_to_train(model, rows, a)                # reads the weights
     if not a.resume and ranks.first():
         clear_run(out)
         save_record(out / "config.json", record)                # for --resume
@@ -456,6 +461,9 @@ def run(model, tokenizer, rows, inputs, a, out):
     else:
         with parallel.whole(model) as whole:
             before, predictions = evaluate(whole, tokenizer, task, rows.questions, a.max_tokens)
+    if not a.eval_only:                                         # (without experts an evaluation is faster)
+        said, module_names, groups = ready or prepare_to_train(model, rows, a)
+        record |= said
     save_record(out / "config.json", record | provenance())
     if a.eval_only:
         if not ranks.first():
@@ -524,10 +532,10 @@ def train_with_checkpoints(checkpoints, tokenizer, rows, a, out):
 def export(model, eos_ids, rows, a, out):
     """Write model/, and adapter/ if the base is frozen. -> the loss of a batch with the trained weights, and
     with the exported ones in the finer of both dtypes; None where the model is on no GPU as a whole"""
+    if not (ranks.first() or ranks.in_step(model)):
+        return None                                             # the first rank exports its own copy
     batch = rows.examples[:a.batch_size]
     losses = {"trained": batch_loss(model, batch, a.max_tokens), "exported": None}
-    if not ranks.first() and not ranks.in_step(model):
-        return losses
     model.save_pretrained(out / "model", EXPORT_DTYPES[a.export_dtype])
     set_eos(out / "model", eos_ids)
     if a.method in ("lora", "molf-e") and a.rest == "freeze":

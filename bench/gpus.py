@@ -20,7 +20,8 @@ task has
 
     ms/step     over --rounds of --steps batches, after one round that is not counted
     tok/s       tokens a second of all GPUs, padding not counted, and the same for each GPU
-    GB          the most that torch had allocated and reserved on any GPU, from the first step to the last
+    GB          the most that torch had allocated and reserved on any GPU, from the first step to the last,
+                and what lib/memory.py predicts for our methods
     s           to build the model, and of the first step, which compiles
 
 and --json has them for each rank. The losses of the first --curve steps stand below it.
@@ -46,6 +47,7 @@ import speed    # noqa: E402
 import train    # noqa: E402
 from data import count_targets, count_tokens        # noqa: E402
 from lib import fast, parallel, ranks               # noqa: E402
+from lib.memory import estimate_bytes               # noqa: E402
 from model import Config, Transformer, add_experts  # noqa: E402
 import molf     # noqa: E402
 from molf import MoLFAdamW, param_groups            # noqa: E402
@@ -324,6 +326,15 @@ def clean_up(device):
         torch.cuda.reset_peak_memory_stats()
 
 
+def predicted_gb(method, config, step, flags):
+    """What train.py --dry-run would say for the largest micro-batch of these batches."""
+    with torch.device("meta"):
+        model = Transformer(config).to(getattr(torch, flags.dtype))
+    model.checkpointing = flags.checkpointing
+    with_experts(model, method, flags)
+    return estimate_bytes(model, flags, max(step.targets), ranks.n_ranks())["peak (estimate)"] / 1e9
+
+
 def make_step(method, task, config, batches, a, device):
     """-> a function that builds model and optimizer and gives step(batch), which gives loss and norm; and how
     many sequences each of its micro-batches has, where that had to be found out"""
@@ -366,7 +377,9 @@ def measure(method, task, config, a, device):
     result = dict(method=method, task=task, shape=a.shape, ranks=n, ms=1e3 * seconds, tokens=tokens,
                   tok_per_s=tokens / seconds, tok_per_s_per_gpu=tokens / seconds / n,
                   allocated_gb=ranks.of_all(allocated), reserved_gb=ranks.of_all(reserved), ready_s=ready,
-                  first_step_s=first, losses=losses, sequences_at_a_time=sequences)
+                  first_step_s=first, losses=losses, sequences_at_a_time=sequences, predicted_gb=0.0)
+    if isinstance(step, fast.FastStep):
+        result["predicted_gb"] = predicted_gb(method, config, step, flags_of(method, task, a))
     if a.profile:
         result["profile"] = profile(step, batches[:2])
     return result
@@ -429,6 +442,7 @@ def covered(intervals):
 def show(r):
     print(f"{r['method']:18s}{r['task']:6s}{r['ms']:9.1f}{r['tokens']:9.0f}{r['tok_per_s']:10,.0f}"
           f"{r['tok_per_s_per_gpu']:10,.0f}{max(r['allocated_gb']):7.1f}{max(r['reserved_gb']):9.1f}"
+          f"{r['predicted_gb']:10.1f}"
           f"{r['ready_s']:7.1f}{r['first_step_s']:7.1f}\n    losses "
           + " ".join(f"{loss:.4f}" for loss in r["losses"]), flush=True)
     if r.get("profile"):
@@ -445,7 +459,7 @@ def run(a, device):
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{a.shape}, {ranks.n_ranks()} x {where}, torch {torch.__version__}, {a.sequences} sequences each\n"
           f"{'':18s}{'task':6s}{'ms/step':>9s}{'tokens':>9s}{'tok/s':>10s}{'per GPU':>10s}{'GB':>7s}"
-          f"{'reserved':>9s}{'ready':>7s}{'first':>7s} s", flush=True)
+          f"{'reserved':>9s}{'predicted':>10s}{'ready':>7s}{'first':>7s} s", flush=True)
     if ranks.several():
         dist.all_reduce(torch.zeros(1, device=device))      # NCCL takes its memory before any is measured
     for method in a.methods:

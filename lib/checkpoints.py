@@ -1,8 +1,8 @@
 """Checkpoints of a run, from which --resume goes on as if it had never stopped.
 
 OUT/checkpoints/step-N.safetensors is one, a file that is whole or not there. Of several ranks each writes
-what it has: the others step-N.rank-I-of-M.safetensors, and then the first rank step-N.safetensors. A checkpoint
-is whole when that is there. Any number of ranks goes on from it. A file holds
+what it has: the others step-N.rank-I-of-M.safetensors, and then the first rank step-N.safetensors. When that
+is there, the checkpoint is whole. Any number of ranks goes on from it. A file holds
 
     model.NAME                      a parameter, or rows of it
     optimizer.NAME.exp_avg          ... and so on: the optimizer's state of that parameter
@@ -168,26 +168,27 @@ class Checkpoints:
         """Put the newest checkpoint into model, optimizer and random states. -> (step, history), or None.
         OSError if it belongs to another run, or if the file of a rank is missing."""
         for file in reversed(self.files()):
-            files = self.whole(file)
+            files = self.good_files(file)
             if files:
                 return self.take(Saved(files))
 
-    def whole(self, file):
+    def good_files(self, file):
         """-> [Path] of a checkpoint's files. None if one is damaged, and then all are set aside."""
-        wrong = on_first(lambda: damage(file))
         files = [file]
-        if not wrong:
+        damaged = {file: on_first(lambda: damage(file))}
+        if not damaged[file]:
             with safe_open(file, "pt") as f:
                 files = files_of(file, int(f.metadata()["ranks"]))
             missing = [part for part in files if not part.exists()]
             if missing:
                 raise OSError(f"{missing[0]} is missing, one of the {len(files)} files of a checkpoint")
-            here = [(part, damage(part)) for part in files[1 + rank()::n_ranks()]]
-            found = [(part, why) for reasons in of_all(here) for part, why in reasons if why]
-            file, wrong = found[0] if found else (file, None)
+            for of_rank in of_all({part: damage(part) for part in files[1 + rank()::n_ranks()]}):
+                damaged |= of_rank
+        wrong = {part: why for part, why in damaged.items() if why}
         if not wrong:
             return files
-        print(f"{file} is not whole ({wrong}) and is set aside")
+        for part, why in wrong.items():
+            print(f"{part} is not whole ({why}) and is set aside")
         if first():
             for part in files:
                 part.rename(part.with_suffix(".torn"))

@@ -140,7 +140,7 @@ class FastStep:
 
     def cut(self, batch):
         """-> n and the micro-batches of each rank: as few as fit into max_tokens, as even as can be, and all
-        to be padded to n. All ranks have as many, for they gather the weights together: some may be empty."""
+        to be padded to n"""
         shares = ranks.shares(batch)
         few = max(len(list(micro_batches(share, self.max_tokens))) for share in shares)
         limit = max(map(count_tokens, shares)) // few
@@ -148,7 +148,7 @@ class FastStep:
             limit = min(self.max_tokens, padded(limit + 1))
         of_ranks = [list(micro_batches(share, limit)) for share in shares]
         largest = max(count_tokens(micro) for micros in of_ranks for micro in micros)
-        return padded(largest), [micros + [[]] * (few - len(micros)) for micros in of_ranks]
+        return padded(largest), ranks.equal_numbers(of_ranks)
 
     def inputs(self, batch):
         """-> micro-batches on the device, padded to one size, and the number of targets of the batch."""

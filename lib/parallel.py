@@ -29,7 +29,8 @@ from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shar
 from torch.distributed.tensor import DTensor
 
 from data import micro_batches, to_device
-from lib.ranks import balanced, in_step, largest, n_ranks, of_all, rank, several, shares, together
+from lib.ranks import (balanced, equal_numbers, in_step, largest, n_ranks, of_all, rank, several, shares,
+                       together)
 from model import Transformer, draw_A, load_weights, molf_layers
 
 GROUP_BYTES = 1 << 27       # of a rank's rows in one all-to-all: the size of its buffers
@@ -48,11 +49,9 @@ def distribute(model, groups, device, load=None):
     return model.owners.groups
 
 def micros_here(batch, max_tokens, device):
-    """-> the micro-batches of this rank, on the device: in one process all. Ranks have equal numbers of them,
-    because they gather the weights together, and some may be empty."""
+    """-> the micro-batches of this rank, on the device: in one process all of them."""
     of_ranks = [list(micro_batches(share, max_tokens)) for share in shares(batch)]
-    own = of_ranks[rank()]
-    own += [[]] * (max(map(len, of_ranks)) - len(own))
+    own = equal_numbers(of_ranks)[rank()]
     return [to_device(micro, device, None if micro else EMPTY) for micro in own]
 
 def owned(model):
@@ -120,7 +119,7 @@ def fits(model):
     need = sum(p.nbytes for p in model.owners.empty.parameters())
     return not largest(int(1.5 * need > free))
 
-def here(model):
+def params_here(model):
     """{name: parameter} of what this rank keeps of a run, and {name: slice} where it keeps some rows"""
     if several():
         return model.owners.here, model.owners.slices
@@ -129,7 +128,7 @@ def here(model):
 def kept(model, optimizer):
     """-> {"model.NAME": tensor, "optimizer.NAME.exp_avg": tensor, ...} of this rank, and {such a name: first
     row} where it has some rows; the optimizer's groups, and its routing, of all ranks"""
-    params, slices = here(model)
+    params, slices = params_here(model)
     tensors, first_rows = {}, {}
     for name, p in params.items():
         of_this = {f"model.{name}": p.detach()}
@@ -149,7 +148,7 @@ def kept(model, optimizer):
 @torch.no_grad()
 def restore(model, optimizer, saved, groups):
     """Take what `kept` gave on any number of ranks. saved: lib.checkpoints.Saved."""
-    params, slices = here(model)
+    params, slices = params_here(model)
     routing = saved.group("routing.")
     for name, p in params.items():
         p.copy_(saved.read(f"model.{name}", slices.get(name)))
@@ -279,8 +278,9 @@ class Owners:
         shared = [name for name in of_layers if isinstance(self.params[name], DTensor)]
         self.to_owners(self.in_groups(shared), lambda name: local(self.params[name]),
                        lambda name, matrix: whole[name].copy_(matrix))
-        for name in set(of_layers).difference(shared).intersection(whole):
-            whole[name].data = self.params[name].detach()           # once is enough
+        for name in of_layers:
+            if name in whole and name not in shared:                # the model has it whole: once is enough
+                whole[name].data = self.params[name].detach()
         for layer in mine.values():
             if layer.folded:
                 layer.start_full()

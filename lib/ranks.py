@@ -155,6 +155,12 @@ def shares(batch):
     place = balanced({i: len(e.ids) for i, e in enumerate(batch)}, n_ranks())
     return [[e for i, e in enumerate(batch) if place[i] == r] for r in range(n_ranks())]
 
+def equal_numbers(of_ranks):
+    """of_ranks: the micro-batches of each rank -> the same, with empty ones behind them, so that all have as
+    many. All ranks gather the weights together."""
+    most = max(map(len, of_ranks))
+    return [micros + [[]] * (most - len(micros)) for micros in of_ranks]
+
 def part_of(things, model):
     """A rank's part of a list, for `gathered`. Where the model is shared out, each rank has all of it."""
     return things if in_step(model) else things[rank()::n_ranks()]
@@ -176,8 +182,8 @@ def in_step(model):
     """Must all ranks run the forward passes of this model together?"""
     return hasattr(model, "owners")
 
-def parts(model):
-    """Names of parameters, in groups. While a group is here, its parameters are whole on this rank."""
+def whole_groups(model):
+    """Yields lists of the names of parameters. Until the next list, these are whole on this rank."""
     if not in_step(model):
         yield list(model.state_dict())
         return

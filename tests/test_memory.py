@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.library import _scoped_library
 from torch.nn.attention.varlen import varlen_attn
 
 import data
@@ -54,8 +55,8 @@ def attention_on_a_cpu():
     def zeros(q, k, v, *_):
         rng_state = torch.zeros(2, dtype=torch.uint64)
         return torch.zeros(q.shape, dtype=q.dtype), torch.zeros(q.shape[1], len(q)), rng_state
-    with torch.library._scoped_library("torch_attn", "IMPL") as library:
-        library.impl("_varlen_attn", zeros, "CPU")
+    with _scoped_library("torch_attn", "IMPL") as kernels:
+        kernels.impl("_varlen_attn", zeros, "CPU")
         yield
 
 
