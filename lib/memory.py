@@ -53,17 +53,18 @@ def estimate_bytes(model, a, tokens, n_ranks=1):
              "logits (estimate)": logit_bytes(model, tokens, fast)}
     end = {}
     if n_ranks > 1:
-        in_blocks = set(model.model["layers"].parameters())
-        root = [p for p in model.parameters() if p not in in_blocks]
-        block = used(model.model["layers"][0])
-        # Of the root FSDP2 keeps weight and gradient whole. Of a block the weights are there three times: at
-        # work, as the next block's, and in a buffer. Its gradients are copied into a buffer.
-        blocks = 3
+        units = [[p for block in unit for p in used(block)] for unit in parallel.units(model, used(model))]
+        in_units = {p for unit in units for p in unit}
+        root = [p for p in used(model) if p not in in_units]
+        # Of the root FSDP2 keeps weight and gradient whole. Of a unit the weights are there three times: at
+        # work, as the next unit's, and in a buffer. Its gradients are copied into a buffer.
+        at_work = 2 * bytes_of(units[0]) if units else 0
         if parallel.small(used(model)):
-            root, block = trained(root), trained(block)
-            blocks = len(model.model["layers"]) + 1
-        begin["gathered (estimate)"] = (bytes_of(root + trained(root)) + blocks * bytes_of(block)
-                                        + bytes_of(trained(block)) + sum_bytes(block, n_ranks))
+            root, units = trained(root), [trained(unit) for unit in units]
+            at_work = sum(map(bytes_of, units))
+        unit = units[0] if units else []
+        begin["gathered (estimate)"] = (bytes_of(root + trained(root)) + at_work + bytes_of(unit)
+                                        + bytes_of(trained(unit)) + sum_bytes(unit, n_ranks))
         end["backward's end (estimate)"] = bytes_of(root + trained(root)) + sum_bytes(root, n_ranks)
     step = {"step (estimate)": step_bytes(model, fast, n_ranks)}
     times = [sum(kinds.values()) for kinds in (begin, end, step)]
@@ -86,8 +87,10 @@ def kept_bytes(model, n):
     most = max(owned, key=Counter.total)
     of_layers = {p for layer in layers.values() for p in layer.parameters()}
     sharded = [p for p in used(model) if n > 1 or p not in of_layers]
-    whole = [p for p in sharded if n > 1 and not p.requires_grad and parallel.small(used(model))]
-    sharded = [p for p in sharded if p not in set(whole)]
+    whole = set()
+    if n > 1 and parallel.small(used(model)):
+        whole = {p for p in sharded if not p.requires_grad}
+    sharded = [p for p in sharded if p not in whole]
     owned_params = {p for name, layer in layers.items() if owner[name] == owned.index(most)
                     for p in layer.parameters()}
     rest = [p for group in param_groups(model) if group["kind"] == "rest" for p in group["params"]]

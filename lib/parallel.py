@@ -35,6 +35,7 @@ from model import Transformer, draw_A, load_weights, molf_layers
 
 GROUP_BYTES = 1 << 27       # of a rank's rows in one all-to-all: the size of its buffers
 SMALL_BYTES = 8 << 30       # see `small`
+UNIT = 4                    # blocks, see `units`
 # a micro-batch without examples, as a size for data.to_device: tokens, sequences, targets, longest sequence
 EMPTY = 16, 1, 1, 16
 
@@ -182,19 +183,32 @@ def small(params):
     that nobody trains are whole on every rank, all the time. It costs memory and saves communication."""
     return sum(p.nbytes for p in params) < SMALL_BYTES
 
+def units(model, params):
+    """-> [[block]]: what FSDP2 gathers, and whose gradients it adds up, at a time. What is in no list is the
+    root's. A small model has few large units, which cost less than many. Where its base is frozen, A and B are
+    all that travels, and the root's."""
+    blocks = list(model.model["layers"])
+    if not small(params):
+        return [[block] for block in blocks]
+    if not blocks[0].self_attn.q_proj.weight.requires_grad:
+        return []
+    return [blocks[i:i + UNIT] for i in range(0, len(blocks), UNIT)]
+
 def reduce_dtype(n):
     """The dtype in which the gradients of n ranks are added up; None: their own. bf16 would round after each
     addition. The sum of two is rounded once in either way."""
     return torch.float32 if n > 2 else None
 
 def shard(model, device):
-    """FSDP2 takes a model on the meta device: each block, then the rest of it, which is the root."""
+    """FSDP2 takes a model on the meta device. -> [(module, [names of parameters])] of its units"""
     mesh = dist.device_mesh.init_device_mesh(device.type, (n_ranks(),))
     policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype(n_ranks()))
-    is_small = small(model.parameters())
-    frozen = {p for p in model.parameters() if is_small and not p.requires_grad}
-    for module in [*model.model["layers"], model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=not is_small,
+    params = list(model.parameters())
+    is_small = small(params)
+    frozen = {p for p in params if is_small and not p.requires_grad}
+    parts = [*units(model, params), [model]]
+    for modules in parts:
+        fully_shard(modules, mesh=mesh, mp_policy=policy, reshard_after_forward=not is_small,
                     ignored_params=frozen)
     for module in model.modules():
         if isinstance(module, FSDPModule):      # a sum, not the mean: the loss is divided by all targets
@@ -206,6 +220,10 @@ def shard(model, device):
     with torch.no_grad():
         model.loss(*to_device([], device, EMPTY))
     reshard(model)
+    found, left = [], {p: name for name, p in model.named_parameters()}
+    for modules in parts:
+        found.append((modules[0], [left.pop(p) for m in modules for p in m.parameters() if p in left]))
+    return found
 
 def reshard(model):
     """Give back all gathered weights. What is still gathered would not see what is written to the rows."""
@@ -220,7 +238,8 @@ class Owners:
         groups      the optimizer's: the experts in `layers`, and this rank's rows of what has no owner
         params      {name: parameter} of the model under FSDP2, where a folded layer has no experts
         here        {name: parameter} of `layers`, and of the rows of what has no owner
-        slices      {name: slice} of the latter: which rows they are"""
+        slices      {name: slice} of the latter: which rows they are
+        units       [(module that FSDP2 gathers, [names of parameters])]"""
 
     def __init__(self, model, groups, device, load):
         self.model = model
@@ -240,7 +259,7 @@ class Owners:
             self.owner |= {f"{name}.{leaf}": owner[name] for leaf, _ in layer.named_parameters()}
         mine = take_experts(found, owner, self.rank)
         self.empty = copy.deepcopy(model)                           # for `copy` to fill
-        shard(model, device)
+        self.units = shard(model, device)
         self.params = dict(model.named_parameters())
         self.fill(found, mine, load)
         self.layers = nn.ModuleList(mine.values())

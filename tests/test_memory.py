@@ -259,7 +259,7 @@ def test_the_peak_of_several_gpus_by_hand():
             "moments and masters": 8 * linears + 12 * lora + 12 * rest,
             "activations (estimate)": 3 * 1000 * (2 * (4 * 8 + 2 * 8 + 2 * 4 + 3 * 16) + 4 * (2 + 2)),
             "logits (estimate)": 2 * 1000 * 30 + 2 * 30 * 8,
-            "gathered (estimate)": 4 * root + (4 * 2 + 2 + 4) * (linears + norms),
+            "gathered (estimate)": 4 * root + 3 * (2 + 2 + 2 + 4) * (linears + norms),      # one unit
             "backward's end (estimate)": (2 + 2 + 4) * root,
             "step (estimate)": max(2 * 2 * row_numbers, 4 * 2 * 128)}
     begin = want["activations (estimate)"] + want["logits (estimate)"] + want["gathered (estimate)"]
