@@ -277,7 +277,7 @@ def make_step(model, optimizer, batches, a):
     ok = torch.ones((), dtype=torch.bool, device=device)
     step_on_micros = partial(train_step, model, optimizer, max_norm=a.clip, ok=ok)
     if device.type == "cuda" and not a.eager:
-        return FastStep(step_on_micros, model, optimizer, batches, a.max_tokens, a.batch_size)
+        return FastStep(step_on_micros, model, optimizer, batches, a.max_tokens)
 
     def plain(batch):
         return step_on_micros(parallel.micros_here(batch, a.max_tokens, device), count_targets(batch))

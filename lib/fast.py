@@ -110,10 +110,10 @@ class FastStep:
     batches: those that will come, from which the sizes are planned. A micro-batch of n tokens is padded to
     the most targets that any of its size has."""
 
-    def __init__(self, step_on_micros, model, optimizer, batches, max_tokens, batch_size):
+    def __init__(self, step_on_micros, model, optimizer, batches, max_tokens):
         self.step_on_micros = step_on_micros
         self.model, self.optimizer = model, optimizer
-        self.max_tokens, self.batch_size = max_tokens, batch_size
+        self.max_tokens = max_tokens
         self.device = next(model.parameters()).device
         self.cuda = self.device.type == "cuda"
         configure_compiler()
@@ -128,6 +128,7 @@ class FastStep:
         self.targets = {}               # tokens of a micro-batch -> the most targets
         self.example = {}               # tokens of a micro-batch -> a batch
         self.longest = 0                # tokens of the longest sequence, padding included
+        self.sequences = 0              # the most in a micro-batch, with the one that is padding
         self.largest = []               # the batch of the most tokens
         for batch in batches:
             self.largest = max(self.largest, batch, key=count_tokens)
@@ -137,6 +138,7 @@ class FastStep:
                 self.targets[n] = max(self.targets.get(n, 0), padded(count_targets(micro)))
                 filler = n - count_tokens(micro)        # the padding is one more sequence
                 self.longest = max(self.longest, filler, *(len(e.ids) for e in micro))
+                self.sequences = max(self.sequences, len(micro) + 1)
 
     def cut(self, batch):
         """-> n and the micro-batches of each rank: as few as fit into max_tokens, as even as can be, and all
@@ -154,7 +156,7 @@ class FastStep:
         """-> micro-batches on the device, padded to one size, and the number of targets of the batch."""
         n, of_ranks = self.cut(batch)
         micros = of_ranks[ranks.rank()]
-        size = n, self.batch_size + 1, self.targets[n], self.longest
+        size = n, self.sequences, self.targets[n], self.longest
         n_targets = torch.tensor(float(count_targets(batch)))
         return [to_device(m, self.device, size) for m in micros], model_py.on_device(n_targets, self.device)
 

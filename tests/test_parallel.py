@@ -334,7 +334,7 @@ def test_a_compiled_step_cuts_a_batch_of_several_ranks_into_one_size(monkeypatch
     add_experts(model, ranks=(2,))
     for n in (2, 3):
         monkeypatch.setattr(ranks_, "n_ranks", lambda: n)
-        step = FastStep(None, model, MoLFAdamW(param_groups(model)), batches, 4096, 32)
+        step = FastStep(None, model, MoLFAdamW(param_groups(model)), batches, 4096)
         for batch in batches:
             size, of_ranks = step.cut(batch)
             assert len({len(micros) for micros in of_ranks}) == 1 < 1 + len(of_ranks[0])
@@ -344,6 +344,7 @@ def test_a_compiled_step_cuts_a_batch_of_several_ranks_into_one_size(monkeypatch
                 monkeypatch.setattr(ranks_, "rank", lambda: r)
                 micros, n_targets = step.inputs(batch)
                 assert {tuple(m[0].shape) for m in micros} == {(size,)}
+                assert {tuple(m[1].cu_seqlens.shape) for m in micros} == {(step.sequences + 1,)}
                 assert n_targets == data.count_targets(batch)
 
 
