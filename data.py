@@ -16,6 +16,7 @@ from typing import Callable, NamedTuple
 
 import torch
 
+from lib.chat import TemplateError, encode_chat
 from lib.files import download, hub_files
 from lib.read import read_rows
 from lib.sandbox import execute_in_parallel, execute_pairs, sql_tokens, unfence     # noqa: F401
@@ -32,18 +33,20 @@ KINDS = {       # what a field may be, see Task.fields
     "string or null": lambda x: x is None or isinstance(x, str),
     "string, null or absent": lambda x: x is None or x is MISSING or isinstance(x, str),
     "whole number or null": lambda x: x is None or type(x) is int or type(x) is float and x.is_integer(),
+    "list, null or absent": lambda x: x is None or x is MISSING or isinstance(x, list),
     "list of strings": lambda x: isinstance(x, list) and all(isinstance(s, str) for s in x)}
 
 def check_row(where, row, fields):
     """ValueError, with file, line and field, unless each field (a dotted path) is of its kind (see KINDS)."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: fields are missing: this is no JSON object")
     for path, kind in fields.items():
         value = row
         for key in path.split("."):
             value = value.get(key, MISSING) if isinstance(value, dict) else MISSING
         if value is MISSING and not KINDS[kind](MISSING):
-            found = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
             needed = ", ".join(f for f, k in fields.items() if not KINDS[k](MISSING))
-            raise ValueError(f"{where}: field {path} is missing; needed are {needed}; found: {found}")
+            raise ValueError(f"{where}: field {path} is missing; needed are {needed}; found: {', '.join(row)}")
         if not KINDS[kind](value):
             raise ValueError(f"{where}: field {path} is not a {kind}")
 
@@ -53,8 +56,6 @@ def load_rows(name, split, source="hub", limit=None):
     task = TASKS[name]
     official = task.splits[split]
     if source == "toy":
-        if task.toy is None:
-            raise ValueError(f"task {name} has no toy rows: give --data")
         found = [("toy world", row) for row in task.toy(official)]
     elif source != "hub":
         found = read_rows(source)
@@ -76,6 +77,11 @@ class Example(NamedTuple):
     ids: list           # prompt, target, EOS
     n_prompt: int       # tokens of the prompt (with BOS); the rest is the target, the only part with a loss
     row: int            # its number among the rows that have an answer, from 0, to name it in messages
+    others: frozenset = frozenset()     # places in the target that have none: other turns of a conversation
+
+    def targets(self):
+        """The places of the tokens that have a loss."""
+        return [i for i in range(self.n_prompt, len(self.ids)) if i not in self.others]
 
 class Question(NamedTuple):
     """What evaluation puts to a model: a prompt to continue, and answers to score."""
@@ -92,6 +98,7 @@ class Scored(NamedTuple):
     first: int          # the first target token
     greedy: int         # the most probable token in its place
     choices: list       # log-probabilities there of the first tokens of Task.choices
+    hits: int = 0       # how many of the target tokens are the most probable in their places
 
 def encode_prompt(tokenizer, prompt):
     """The prompt, after BOS if the family has one: Gemma has, and its loss nearly doubles without it."""
@@ -105,11 +112,21 @@ def encode(tokenizer, prompt, target, row=-1):
         raise ValueError(f"row {row}: an empty prompt, which nothing can be predicted from")
     return Example(head + tokenizer.encode(target) + [tokenizer.eos_id], len(head), row)
 
+def encode_row(tokenizer, task, row, i=-1):
+    """-> the Example that training sees of a row. A conversation is written by the model's chat template."""
+    if "messages" not in row:
+        return encode(tokenizer, *task.pair(row), row=i)
+    ids, targets = encode_chat(tokenizer, row["messages"])
+    return Example(ids, targets[0], i, frozenset(range(targets[0], len(ids))) - set(targets))
+
 def ask(tokenizer, task, row, i=-1):
-    """-> Question. Its prompt has the very tokens that training sees before the target."""
-    prompt, _ = task.pair(row)
-    return Question(row, encode_prompt(tokenizer, prompt),
-                    [encode(tokenizer, *query, row=i) for query in task.queries(row)])
+    """-> Question. Its prompt has the very tokens that training sees before the target, which in a
+    conversation is the assistant's last turn."""
+    example = encode_row(tokenizer, task, row, i)
+    targets = set(example.targets())
+    begin = max(place for place in targets if place - 1 not in targets)
+    queries = [example] if task.queries is None else [encode(tokenizer, *q, row=i) for q in task.queries(row)]
+    return Question(row, example.ids[:begin], queries)
 
 class Rows(NamedTuple):
     examples: list          # to train on
@@ -128,6 +145,8 @@ def fitting(what, numbered, make, length, a, skipped):
     for i, row in numbered.items():
         try:
             new = make(i, row)
+        except TemplateError as e:
+            raise ValueError(f"{what} row {i}: {e}") from e
         except ValueError as e:         # SmolLM2's vocabulary, for one, lacks some bytes
             if why_unknown not in skipped:
                 print(f"{what} row {i} is skipped: {e}")
@@ -139,21 +158,21 @@ def fitting(what, numbered, make, length, a, skipped):
             made.append(new)
     return made
 
-def read_training(a, tokenizer, skipped):
-    """-> examples, held_out of Rows."""
+def split_off(rows, n, seed):
+    """rows: {i: row} -> n of them, chosen by the seed"""
+    return {i: rows[i] for i in random.Random(seed).sample(sorted(rows), n)}
+
+def read_training(rows, a, tokenizer, skipped):
+    """rows: {i: row} -> examples, held_out of Rows."""
     task = TASKS[a.task]
-    example = lambda i, row: encode(tokenizer, *task.pair(row), row=i)
+    example = lambda i, row: encode_row(tokenizer, task, row, i)
     size = lambda example: len(example.ids)
     both = lambda i, row: (example(i, row), ask(tokenizer, task, row, i))
     larger = lambda pair: max(size(pair[0]), pair[1].longest())
-    rows, unusable = load_rows(a.task, "train", a.data, a.limit)
-    skipped["training rows without an answer"] = unusable
-    if not rows:
-        raise ValueError(f"{a.data}: no row has an answer")
-    n = max(1, min(128, len(rows) // 10)) if a.eval_every else 0
-    picked = {i: rows[i] for i in random.Random(f"held out {a.seed}").sample(range(len(rows)), n)}
+    n = min(len(rows), max(1, min(128, len(rows) // 10))) if a.eval_every else 0
+    picked = split_off(rows, n, f"held out {a.seed}")
     held_out = fitting("held-out", picked, both, larger, a, skipped)
-    kept = {i: row for i, row in enumerate(rows) if task.tests_training_rows or i not in picked}
+    kept = {i: row for i, row in rows.items() if task.tests_training_rows or i not in picked}
     examples = fitting("training", kept, example, size, a, skipped)
     if not examples:
         raise ValueError(f"no training row is left of {len(rows)}: {len(held_out)} are held out, "
@@ -165,18 +184,39 @@ def read_data(a, tokenizer):
     task = TASKS[a.task]
     skipped = Counter()
     question = lambda i, row: ask(tokenizer, task, row, i)
-    examples, held_out = ([], []) if a.eval_only else read_training(a, tokenizer, skipped)
-    limit = a.limit if task.tests_training_rows and a.eval_data == a.data else None
-    rows, unusable = load_rows(a.task, "test", a.eval_data, limit)
-    skipped["evaluation rows without an answer"] = unusable
-    asked = dict(enumerate(rows[:a.eval_limit]))
+    training, examples, held_out = {}, [], []
+    if not a.eval_only or a.eval_data == TENTH:
+        rows, unusable = load_rows(a.task, "train", a.data, a.limit)
+        skipped["training rows without an answer"] = unusable
+        if not rows:
+            raise ValueError(f"{a.data}: no row has an answer")
+        training = dict(enumerate(rows))
+    if a.eval_data == TENTH:
+        asked = split_off(training, max(1, len(training) // 10), f"evaluation {a.seed}")
+        print(f"{len(asked)} of {len(training)} rows of {a.data} are kept to evaluate on: no --eval-data")
+        training = {i: row for i, row in training.items() if i not in asked}
+    if not a.eval_only:
+        examples, held_out = read_training(training, a, tokenizer, skipped)
+    if a.eval_data != TENTH:
+        limit = a.limit if task.tests_training_rows and a.eval_data == a.data else None
+        rows, unusable = load_rows(a.task, "test", a.eval_data, limit)
+        skipped["evaluation rows without an answer"] = unusable
+        asked = dict(enumerate(rows))
+    asked = dict(list(asked.items())[:a.eval_limit])
     questions = fitting("evaluation", asked, question, Question.longest, a, skipped)
+    learn_ends(tokenizer, examples + [e for q in questions for e in q.examples])
     skipped = Counter({what: n for what, n in skipped.items() if n})
     for what, n in skipped.items():
         print(f"skipped {n} {what}")
     if not questions:
         raise ValueError(f"{a.eval_data}: no row is left to evaluate on")
     return Rows(examples, held_out, questions, skipped)
+
+def learn_ends(tokenizer, examples):
+    """What ends a target ends a generation: where a chat template does it by another control token, that one
+    as well. An export says so."""
+    last = {e.ids[e.targets()[-1]] for e in examples}
+    tokenizer.eos_ids += sorted(last & set(tokenizer.control.values()) - set(tokenizer.eos_ids))
 
 # ----------------------------------------------------------------------------------------------------------
 # batches: the examples of a step, in micro-batches, on the device
@@ -196,7 +236,7 @@ def count_tokens(examples):
     return sum(len(e.ids) for e in examples)
 
 def count_targets(examples):
-    return sum(len(e.ids) - e.n_prompt for e in examples)
+    return sum(len(e.ids) - e.n_prompt - len(e.others) for e in examples)
 
 def micro_batches(examples, max_tokens):
     """Cut a list of examples, in order, into lists of at most max_tokens tokens (or one longer example)."""
@@ -215,8 +255,8 @@ def pack(examples):
     where[i] predicts labels[i]. Prompts carry no loss."""
     ids, lengths, where, labels = [], [], [], []
     for e in examples:
-        where += range(len(ids) + e.n_prompt - 1, len(ids) + len(e.ids) - 1)
-        labels += e.ids[e.n_prompt:]
+        where += [len(ids) + i - 1 for i in e.targets()]
+        labels += [e.ids[i] for i in e.targets()]
         ids += e.ids
         lengths.append(len(e.ids))
     return ids, lengths, where, labels
@@ -240,7 +280,8 @@ def to_device(examples, device, size=None):
 # the tasks
 
 class Verdict(NamedTuple):
-    metrics: dict               # name -> 0 to 1; evaluation takes the mean over the rows that have it
+    metrics: dict               # name -> a number, of which evaluation takes the mean over the rows that
+                                # have it, or (sum, n): there it is the mean over all n of all rows
     kinds: dict                 # the same of one kind of row: "execution: single join"
     counts: dict                # name -> bool; evaluation takes the sum
     error: str | None = None    # what went wrong, or ""; None in a task where nothing can
@@ -357,14 +398,61 @@ def sql_metrics(rows, scored, texts):
         v.metrics["exact match"] = float(exact_match(row["sql"], unfence(text)))
     return verdicts
 
+TENTH = "a tenth of --data"       # where --eval-data is not given, see Task.source
+
+def is_chat(row):
+    return row.get("messages") is not None
+
+def text_usable(rows):
+    """Rows of either form, without the columns of the other one. ValueError for what nothing can be learnt
+    from."""
+    kept = []
+    for where, row in rows:
+        is_pair = all(row.get(name) is not None for name in ("prompt", "completion"))
+        if is_pair == is_chat(row):
+            raise ValueError(f"{where}: a row has either prompt and completion, or messages; this one has "
+                             f"{', '.join(row) or 'no field'}")
+        if is_chat(row):
+            check_messages(where, row["messages"])
+            kept.append((where, {"messages": row["messages"]}))
+        else:
+            if not row["completion"].strip():
+                raise ValueError(f"{where}: field completion is empty")
+            kept.append((where, {"prompt": row["prompt"], "completion": row["completion"]}))
+    return kept
+
+def check_messages(where, messages):
+    for i, m in enumerate(messages, 1):
+        if not (isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)):
+            raise ValueError(f"{where}: message {i} has no role and content that are strings")
+    if not any(m["role"] == "assistant" for m in messages):
+        raise ValueError(f"{where}: no message is the assistant's, so there is nothing to learn")
+
+def text_pair(row):
+    """A conversation has it only to be shown."""
+    if not is_chat(row):
+        return row["prompt"], row["completion"]
+    last = max(i for i, m in enumerate(row["messages"]) if m["role"] == "assistant")
+    before = "\n".join(f"{m['role']}: {m['content']}" for m in row["messages"][:last])
+    return before, row["messages"][last]["content"]
+
+def text_metrics(row, scored, text):
+    """Loss and accuracy over all target tokens, with what ends them. exact match: the greedy text is the
+    answer, but for white space around it."""
+    s, n = scored[0], len(scored[0].logprobs)
+    _, answer = text_pair(row)
+    metrics = {"loss": (-sum(s.logprobs), n), "token accuracy": (s.hits, n),
+               "exact match": float(text.strip() == answer.strip())}
+    return Verdict(metrics, kinds={}, counts={})
+
 class Task(NamedTuple):
-    source: str         # the official one: a repository on the hub, or an address
+    source: str         # the official one: a repository on the hub, or an address; None: rows of one's own
     splits: dict        # "train", "test" -> its name of the rows to train and to evaluate on
-    toy: Callable       # that name -> rows of the toy world; None if there are none
+    toy: Callable       # that name -> rows of the toy world
     fields: dict        # what a row must have: dotted path -> one of KINDS
     usable: Callable    # [(where, row)] -> those that can be used; ValueError if they make no sense
     pair: Callable      # row -> (prompt, target): what training sees
-    queries: Callable   # row -> [(prompt, answer)]: what evaluation scores, without generating
+    queries: Callable   # row -> [(prompt, answer)]: what evaluation scores, without generating. None: the pair
     choices: tuple      # options ranked as the next token after queries(row)[0]
     new_tokens: int     # how many tokens evaluation generates at most; 0: it takes the greedy next token
     metrics: Callable   # rows, [[Scored]], greedy texts -> a Verdict for each row
@@ -397,4 +485,10 @@ TASKS = {
                 "sql_database": "string, null or absent", "sql_complexity": "string, null or absent"},
         usable=sql_usable, pair=sql_pair, queries=lambda row: [], choices=(), new_tokens=256,
         metrics=sql_metrics, report=("execution, shaken", "execution", "valid SQL", "exact match")),
+    "text": Task(
+        source=None, splits={"train": "train", "test": "test"}, toy=None, toy_epochs=4,
+        fields={"prompt": "string, null or absent", "completion": "string, null or absent",
+                "messages": "list, null or absent"},
+        usable=text_usable, pair=text_pair, queries=None, choices=(), new_tokens=256,
+        metrics=partial(map, text_metrics), report=("loss", "perplexity", "token accuracy", "exact match")),
 }

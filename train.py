@@ -3,6 +3,7 @@
     python train.py                                                     # MoLF on the embedded toy, on any CPU
     python train.py --task sql --method lora                            # or fact, med; fft, molf, molf-e
     python train.py --model Qwen/Qwen2.5-0.5B --task med                # a hub model on MedMCQA
+    python train.py --model DIR --task text --data mine.jsonl           # rows of your own
     python train.py --model DIR --task sql --data train.parquet --eval-data test.parquet --out runs/mine
     python train.py --resume --out runs/mine                            # go on where it was stopped
     python train.py --eval-only runs/mine                               # or any checkpoint: train nothing
@@ -40,7 +41,7 @@ from lib.memory import estimate_bytes, largest_share
 from lib.report import (begun, count_parameters, discard_stdout, escape_unprintable, log_line, peak_memory,
                         print_bytes, print_results, print_summary, provenance, quiet_ends, read_first_result,
                         read_table, sample, save_results, share_changed, stop, stop_if_not_finite,
-                        stop_if_not_routed, warn_of_guessing)
+                        stop_if_not_routed, warn_of_guessing, written)
 from model import TARGETS, Transformer, add_experts, fold, molf_layers, read_config, unfold
 from molf import ROUTES, SCORES, MoLFAdamW, param_groups
 
@@ -57,17 +58,19 @@ EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 OF_THIS_CALL = "out", "overwrite", "resume", "dry_run", "world_size"        # not a part of what the run is
 # --resume may change these
 MAY_CHANGE = OF_THIS_CALL + ("log_every", "save_every", "keep", "device", "eager", "max_tokens")
-EVALUATION_FLAGS = "task", "data", "eval_data", "limit", "eval_limit", "dtype", "max_tokens", "max_length"
+EVALUATION_FLAGS = ("task", "data", "eval_data", "limit", "eval_limit", "dtype", "max_tokens", "max_length",
+                    "seed")
 
 def make_parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--model", default="toy", help="toy, a directory in Hugging Face format, or a hub id (default: toy)")
-    add("--task", default="fact", choices=list(data.TASKS))
+    add("--task", default="fact", choices=list(data.TASKS), help="text: rows of your own, with prompt and "
+        "completion, or with messages (default: fact)")
     add("--data", help="training rows: hub (the official ones), toy, or a file, .json .jsonl .jsonl.gz "
         ".parquet (default: hub; for the toy model toy)")
     add("--eval-data", help="rows to evaluate on, likewise (default: as --data; a file for med and sql needs "
-        "one of its own; facts are evaluated on the cases that train)")
+        "one of its own; facts are evaluated on the cases that train, text on a tenth that does not)")
     add("--out", help="run directory (default: runs/<model>-<task>-<method>-<hash of the flags>)")
     add("--overwrite", action="store_true", help="replace a finished run in --out")
     add("--method", default="molf", choices=["fft", "lora", "molf", "molf-e"])
@@ -189,6 +192,10 @@ def set_defaults(p, a):
     a.data = a.data or ("toy" if toy else "hub")
     if a.world_size is not None and not a.dry_run:
         p.error("--world-size goes with --dry-run; to train on several GPUs, start torchrun")
+    if task.source is None and a.data in ("hub", "toy") and not (a.eval_only and a.eval_data):
+        p.error(f"--task {a.task} wants --data FILE, rows of your own: with prompt and completion, or messages")
+    if a.eval_data is None and task.source is None:
+        a.eval_data = data.TENTH
     if a.eval_data is None:
         if a.data not in ("hub", "toy") and not task.tests_training_rows:
             p.error(f"--data {a.data} wants --eval-data FILE: rows of {a.task} to evaluate on")
@@ -444,7 +451,7 @@ def prepare_to_train(model, rows, a):
 def run(model, tokenizer, rows, inputs, a, out):
     """Evaluate, train, evaluate, export: all that a run leaves is written here, into its directory `out`."""
     task, first_result = data.TASKS[a.task], out / "before.json"
-    print(f"{a.model}, task {a.task}: {len(rows.questions)} rows of {a.eval_data} to evaluate on; eos "
+    print(f"{a.model}, task {a.task}: {len(rows.questions)} rows to evaluate on, {a.eval_data}; eos "
           f"{tokenizer.eos_ids}, bos {tokenizer.bos_id}")
     record = dict(flags=vars(a), inputs=inputs, date=begun(out, a))
     ready = None
@@ -504,7 +511,8 @@ def train_with_checkpoints(checkpoints, tokenizer, rows, a, out):
             result, predictions = evaluate(model, tokenizer, task, questions, a.max_tokens)
             loss = batch_loss(model, examples, a.max_tokens)
         values = {k: x["value"] for k, x in result["metrics"].items() if k in task.report}
-        shown = "  ".join(f"{k} {value:.1%}" for k, value in values.items())
+        values.pop("loss", None)                                            # it is said anyway
+        shown = "  ".join(f"{k} {written(k, value)}" for k, value in values.items())
         line = f"held out: loss {loss:.4f}  {shown}\n{sample(predictions[0])}"
         return line, dict(held_out=flat(result), loss=loss)
 

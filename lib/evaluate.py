@@ -1,6 +1,7 @@
 """Puts a task's questions to a model and sums up its answers. train.py calls evaluate before, during and
 after training, and batch_loss to compare a model with its export.
 """
+import math
 import time
 
 import torch
@@ -36,11 +37,13 @@ def score_batch(model, batch, choices):
     scored = []
     start = 0
     for e in batch:
-        n = len(e.ids) - e.n_prompt
+        targets = [e.ids[i] for i in e.targets()]
+        n = len(targets)
+        hits = sum(token == other for token, other in zip(targets, greedy[start:start + n]))
         best = greedy[start]
         if best in choices:         # it may tie with another choice, and only be the first of them
             best = choices[others[start].index(max(others[start]))]
-        scored.append(Scored(logprobs[start:start + n], e.ids[e.n_prompt], best, others[start]))
+        scored.append(Scored(logprobs[start:start + n], targets[0], best, others[start], hits))
         start += n
     return scored
 
@@ -86,7 +89,10 @@ def evaluate(model, tokenizer, task, questions, max_tokens):
         predictions.append(dict(prompt=prompt, reference=reference, prediction=text, verdict=record(v)))
     metrics = columns([v.metrics for v in verdicts]) | columns([v.kinds for v in verdicts])
     counts = columns([v.counts for v in verdicts])
-    return {"metrics": {name: bootstrap(values) for name, values in metrics.items()},
+    metrics = {name: bootstrap(values) for name, values in metrics.items()}
+    if "loss" in metrics:
+        metrics["perplexity"] = {k: x if k == "n" else math.exp(x) for k, x in metrics["loss"].items()}
+    return {"metrics": metrics,
             "counts": {name: sum(values) for name, values in counts.items()},
             "seconds": time.perf_counter() - begin}, predictions
 
@@ -99,7 +105,8 @@ def record(verdict):
     """A data.Verdict as predictions.jsonl has it: one level, where "# " begins the name of a count."""
     counts = {f"# {name}": value for name, value in verdict.counts.items()}
     error = {} if verdict.error is None else {"error": verdict.error}
-    return {**verdict.metrics, **verdict.kinds, **counts, **error}
+    means = {name: x[0] / x[1] if isinstance(x, tuple) else x for name, x in verdict.metrics.items()}
+    return {**means, **verdict.kinds, **counts, **error}
 
 def flat(result):
     """The result of evaluate as results.json and log.jsonl have it: one level, "# " before counts."""
@@ -107,10 +114,13 @@ def flat(result):
     return {**result["metrics"], **counts, "seconds": result["seconds"]}
 
 def bootstrap(values, resamples=1000):
-    x = torch.tensor(values, dtype=torch.float64)
-    pick = torch.randint(len(x), (resamples, len(x)), generator=torch.Generator().manual_seed(0))
-    low, high = x[pick].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return {"value": x.mean().item(), "n": len(x), "low": low, "high": high}
+    """values: of the rows, as in data.Verdict.metrics -> their mean, and an interval from rows drawn anew"""
+    pairs = [x if isinstance(x, tuple) else (x, 1) for x in values]
+    sums, ns = torch.tensor(pairs, dtype=torch.float64).unbind(1)
+    pick = torch.randint(len(pairs), (resamples, len(pairs)), generator=torch.Generator().manual_seed(0))
+    means = sums[pick].sum(1) / ns[pick].sum(1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return {"value": (sums.sum() / ns.sum()).item(), "n": len(pairs), "low": low, "high": high}
 
 @torch.no_grad()
 def batch_loss(model, examples, max_tokens):

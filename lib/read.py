@@ -16,15 +16,15 @@ MAX_ROWS = 2 ** 30      # bytes. MedMCQA's training rows have 140 million
 MAX_DEPTH = 100         # Python fails to write some 900 nested lists, and fewer deep inside a program
 
 @contextmanager
-def naming(where):
-    """What goes wrong inside becomes a ValueError of one line, which begins with `where`."""
+def naming(where, kind=ValueError):
+    """What goes wrong inside becomes an error of one line, which begins with `where`. kind: of ValueError"""
     try:
         yield
     except (FileNotFoundError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as e:      # parsers raise dozens; tiktoken's PanicException is no Exception
         why = f"no {e}" if isinstance(e, KeyError) else str(e) or type(e).__name__
-        raise ValueError(f"{where}: {one_line(why)}") from e
+        raise kind(f"{where}: {one_line(why)}") from e
 
 def one_line(message):
     """A text or an error as one line of at most 1,000 characters."""

@@ -192,13 +192,20 @@ def add_to_table(out, a, date, results, eval_rows, n_rows):
         writer.writerow([row.get(name, "") for name in columns])
         save_safely(table, text.getvalue())
 
+def written(name, value):
+    """A metric as people read it: a share in per cent."""
+    if name in ("loss", "perplexity"):
+        return f"{value:.3f}" if value < 1e5 else f"{value:.1e}"
+    return f"{value:.1%}"
+
 def print_metrics(before, after):
     before = before or {"metrics": {}, "counts": {}}
     print(f"\n{'':38s}{'before' if before['metrics'] else '':8s}   after   95 % interval        n")
     for name, x in after["metrics"].items():
         was = before["metrics"].get(name)
-        was = f"{was['value']:8.1%}" if was else " " * 8
-        print(f"{name:36s}{was}{x['value']:8.1%}   {x['low']:6.1%} to {x['high']:6.1%}{x['n']:7d}")
+        was = written(name, was["value"]) if was else ""
+        value, low, high = (written(name, x[key]) for key in ("value", "low", "high"))
+        print(f"{name:36s}{was:>8s}{value:>8s}   {low:>6s} to {high:>6s}{x['n']:7d}")
     for name, n in after["counts"].items():
         was = before["counts"].get(name, "")
         if n or was:

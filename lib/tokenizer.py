@@ -145,7 +145,9 @@ class Tokenizer:
             for file in map(path.with_name, names):
                 read.append(read_json(file) if file == path or file.exists() else {})
             with naming(path):
-                return cls(read.pop(), read)
+                tokenizer = cls(read.pop(), read)
+                tokenizer.folder = path.parent
+                return tokenizer
         finally:
             if collecting:
                 gc.enable()
@@ -167,6 +169,8 @@ class Tokenizer:
             raise ValueError("added tokens with normalized, lstrip, rstrip or single_word are not supported")
         self.added = {a["content"]: a["id"] for a in added}
         self.split = added_regex(self.added)
+        self.control = {token: i for token, i in ids.items() if i in control}   # for lib/chat.py
+        self.find_control = added_regex(self.control)
         merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]   # "a b", or a pair
         made = made_in_order(merges)
         if gemma:

@@ -3,7 +3,9 @@ import argparse
 import gzip
 import hashlib
 import json
+import math
 import random
+import re
 import shutil
 import sqlite3
 from collections import Counter
@@ -106,7 +108,7 @@ def without(*path):
     ([ROW | {"neighborhood_prompts": "one"}], "field neighborhood_prompts is not a list of strings"),
     ([ROW | {"requested_rewrite": ROW["requested_rewrite"] | {"prompt": "no place"}}], "prompt has no {}"),
     ([{"Question": "?", "Context": "x"}], "needed are .*paraphrase_prompts.*; found: Question, Context"),
-    ([3], "line 1: field requested_rewrite.prompt is missing"), ([], "no rows")])
+    ([3], "line 1: fields are missing: this is no JSON object"), ([], "no rows")])
 def test_bad_rows_are_named_by_file_line_and_field(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message) as e:
         load_rows("fact", "train", write(tmp_path / "bad.jsonl", rows))
@@ -137,6 +139,123 @@ def test_a_file_that_is_missing_or_not_json(tmp_path):
             read_rows(tmp_path / name)
 
 
+# ------------------------------------------------------------------------------------------- rows of one's own
+
+TEXT = {"prompt": "Who wrote Emma?", "completion": " Jane Austen"}
+CHAT = {"messages": [{"role": "user", "content": "Who wrote Emma?"},
+                     {"role": "assistant", "content": "Jane Austen."},
+                     {"role": "user", "content": "When?"}, {"role": "assistant", "content": "In 1815."}]}
+USER = CHAT["messages"][:1]
+
+
+def test_rows_of_ones_own_have_either_form_and_lose_other_columns(tmp_path):
+    path = write(tmp_path / "a.jsonl", [TEXT | {"messages": None, "id": 3}, CHAT | {"prompt": "Who"}])
+    assert load_rows("text", "train", path) == ([TEXT, CHAT], 0)
+
+
+@pytest.mark.parametrize("row, why", [
+    (TEXT | CHAT, "a row has either prompt and completion, or messages; this one has prompt, completion, messages"),
+    ({"prompt": "a"}, "a row has either prompt and completion, or messages; this one has prompt"),
+    ({}, "a row has either prompt and completion, or messages; this one has no field"),
+    (TEXT | {"completion": " \n"}, "field completion is empty"),
+    (TEXT | {"completion": ["a"]}, "field completion is not a string, null or absent"),
+    ({"messages": "hello"}, "field messages is not a list, null or absent"),
+    ({"messages": USER}, "no message is the assistant's, so there is nothing to learn"),
+    ({"messages": USER + [{"role": "assistant"}]}, "message 2 has no role and content that are strings"),
+    ({"messages": []}, "no message is the assistant's")])
+def test_rows_of_ones_own_that_nothing_can_be_learnt_from_are_refused(row, why, tmp_path):
+    path = write(tmp_path / "a.jsonl", [TEXT, row])
+    with pytest.raises(ValueError, match=f"a.jsonl line 2: {why}"):
+        load_rows("text", "train", path)
+
+
+def chat_tokenizer(folder):
+    """The toy's tokenizer, with a template that ends a turn by another control token than the toy's EOS."""
+    spec = json.loads((Path(TOY) / "tokenizer.json").read_text())
+    free = 1 + max([*spec["model"]["vocab"].values(), *(a["id"] for a in spec["added_tokens"])])
+    spec["added_tokens"].append(spec["added_tokens"][0] | {"id": free, "content": "<|end|>", "special": True})
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}")
+    return Tokenizer.from_file(folder)
+
+
+def test_a_conversation_is_trained_on_the_assistants_turns_and_asked_for_the_last(tmp_path):
+    tokenizer = chat_tokenizer(tmp_path)
+    end, task = tokenizer.control["<|end|>"], data.TASKS["text"]
+    example = data.encode_row(tokenizer, task, CHAT, 7)
+    plain = lambda text: [end if part == "<|end|>" else tokenizer.encode(part)      # noqa: E731
+                          for part in re.split(r"(<\|end\|>)", text) if part]
+    flat = lambda parts: sum(([x] if isinstance(x, int) else x for x in parts), [])     # noqa: E731
+    text = ("user:Who wrote Emma?<|end|>\nassistant:Jane Austen.<|end|>\nuser:When?<|end|>\n"
+            "assistant:In 1815.<|end|>\n")
+    assert example.ids == flat(plain(text)) and example.row == 7
+    said = tokenizer.decode([example.ids[i] for i in example.targets()])
+    assert said == "Jane Austen.In 1815." and example.ids[example.targets()[-1]] == end
+    assert data.count_targets([example]) == len(example.targets())
+    ids, lengths, where, labels = data.pack([example, example])
+    n = len(example.ids)
+    assert where == [i + k * n - 1 for k in range(2) for i in example.targets()]
+    assert labels == [example.ids[i] for i in example.targets()] * 2 and lengths == [n, n]
+    question = data.ask(tokenizer, task, CHAT)
+    assert tokenizer.decode(question.prompt).endswith("user:When?\nassistant:")
+    assert question.prompt == example.ids[:len(question.prompt)] and question.examples[0].ids == example.ids
+    assert task.pair(CHAT) == ("user: Who wrote Emma?\nassistant: Jane Austen.\nuser: When?", "In 1815.")
+
+
+def test_without_rows_to_evaluate_on_a_tenth_is_kept_for_that(tmp_path, capsys):
+    rows = [{"prompt": f"{i} and one is", "completion": f" {i + 1}"} for i in range(40)]
+    path, tokenizer = write(tmp_path / "a.jsonl", rows), Tokenizer.from_file(TOY)
+    a = train.parse_args(["--device", "cpu", "--task", "text", "--data", str(path)])
+    read = read_data(a, tokenizer)
+    asked = [q.row for q in read.questions]
+    assert "4 of 40 rows" in capsys.readouterr().out and len(asked) == 4
+    kept = [i for i, row in enumerate(rows) if row not in asked]
+    assert [e.row for e in read.examples] == kept
+    again = train.parse_args(["--device", "cpu", "--task", "text", "--data", str(path), "--seed", "1"])
+    assert [q.row for q in read_data(again, tokenizer).questions] != asked
+    a.eval_only = "somewhere"                           # the same rows, and none to train on
+    assert [q.row for q in read_data(a, tokenizer).questions] == asked and read_data(a, tokenizer).examples == []
+
+
+def test_what_a_template_ends_turns_with_ends_a_generation(tmp_path):
+    tokenizer = chat_tokenizer(tmp_path)
+    path = write(tmp_path / "a.jsonl", [CHAT, CHAT, TEXT])
+    before = list(tokenizer.eos_ids)
+    read_data(train.parse_args(["--device", "cpu", "--task", "text", "--data", str(path)]), tokenizer)
+    assert tokenizer.eos_ids == before + [tokenizer.control["<|end|>"]]
+
+
+def test_loss_perplexity_and_accuracy_are_those_of_all_target_tokens():
+    """By hand, from the logits of each row by itself."""
+    tokenizer, task = Tokenizer.from_file(TOY), data.TASKS["text"]
+    facts, _ = load_rows("fact", "train", "toy", limit=12)
+    rows = [dict(zip(("prompt", "completion"), data.fact_pair(row))) for row in facts]
+    rows[3]["completion"] = " nobody knows that"
+    rows[4]["completion"] = data.after_space(facts[4]["requested_rewrite"]["target_true"]["str"])
+    rows[5]["completion"] = data.after_space(facts[5]["requested_rewrite"]["target_true"]["str"])
+    model = Transformer.from_pretrained("toy", torch.float32)
+    result, predictions = evaluate(model, tokenizer, task, [data.ask(tokenizer, task, row) for row in rows], 300)
+    losses, hits = [], []
+    for row in rows:
+        e = encode(tokenizer, *task.pair(row))
+        with torch.no_grad():
+            logp = model(torch.tensor([e.ids]))[0, e.n_prompt - 1:-1].log_softmax(-1)
+        target = torch.tensor(e.ids[e.n_prompt:])
+        losses += (-logp[torch.arange(len(target)), target]).tolist()
+        hits += (logp.argmax(-1) == target).tolist()
+    value = {name: x["value"] for name, x in result["metrics"].items()}
+    loss = sum(losses) / len(losses)
+    assert value["loss"] == pytest.approx(loss, rel=1e-5)
+    assert value["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+    assert value["token accuracy"] == pytest.approx(sum(hits) / len(hits)) and 0 < value["token accuracy"] < 1
+    right = [p["prediction"].strip() == row["completion"].strip() for p, row in zip(predictions, rows)]
+    assert value["exact match"] == sum(right) / 12 and 0 < sum(right) <= 11
+    x = result["metrics"]["perplexity"]
+    assert 1 <= x["low"] < x["value"] < x["high"] and x["n"] == 12
+
+
 # ---------------------------------------------------------------------------------------------------- fuzzing
 
 def random_json(rng, depth=0):
@@ -162,18 +281,24 @@ def mutated(rng, value):
     return random_json(rng)
 
 
-def test_100_000_malformed_rows_are_kept_skipped_and_counted_or_refused_by_name(monkeypatch):
+def test_100_000_malformed_rows_are_kept_skipped_and_counted_or_refused_by_name(monkeypatch, tmp_path):
     rng, tokenizer, ends = random.Random(0), Tokenizer.from_file("toy"), Counter()
-    for name, good in (("fact", ROW), ("med", MED | {"cop": 0}), ("sql", SQL)):
+    tokenizer.folder = tmp_path
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    for name, good in (("fact", ROW), ("med", MED | {"cop": 0}), ("sql", SQL), ("text", TEXT), ("text", CHAT)):
         task = data.TASKS[name]
-        for _ in range(33_334):
+        for _ in range(25_000 if name != "text" else 12_500):
             row = mutated(rng, good)
             row = mutated(rng, row) if rng.random() < 0.3 else row
             monkeypatch.setattr(data, "read_rows", lambda path: [("f line 1", good), ("f line 2", row)])
             try:
                 kept, skipped = load_rows(name, "train", "f")
             except ValueError as e:
-                assert str(e).startswith(("f line 1: field", "f line 2: field")), e
+                where = "f line 2: " if name == "text" else ("f line 1: field", "f line 2: field")
+                assert str(e).startswith(where), e
                 ends[name, "refused"] += 1
                 continue
             assert len(kept) + skipped == 2 and kept[0] == good
@@ -182,11 +307,15 @@ def test_100_000_malformed_rows_are_kept_skipped_and_counted_or_refused_by_name(
                 if sum(map(len, pair)) < 2000:
                     try:
                         question = data.ask(tokenizer, task, row)
+                        if "messages" in row:           # no text becomes a control token
+                            ids = question.examples[0].ids
+                            assert ids.count(tokenizer.eos_id) == len(row["messages"])
+                            continue
                         assert question.prompt == encode(tokenizer, *pair).ids[:len(question.prompt)]
                     except ValueError as e:
                         assert "an empty prompt" in str(e)
             ends[name, "skipped" if skipped else "kept"] += 1
-    assert sum(ends.values()) == 100_002
+    assert sum(ends.values()) == 100_000
     assert min(ends[name, end] for name in data.TASKS for end in ("kept", "refused")) > 5000
     assert ends["med", "skipped"] > 50 and ends["sql", "skipped"] > 50 and ends["fact", "skipped"] == 0
 

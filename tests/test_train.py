@@ -372,6 +372,47 @@ def test_references_that_do_not_run_are_said_to(tmp_path, capsys):
     assert after["# reference fails"] == 4 and "execution" not in after
 
 
+
+def test_rows_of_ones_own_train_and_are_evaluated_by_what_they_ended_with(tmp_path):
+    """Text with a template: the tenth that is kept, again by --eval-only; an end that the export names."""
+    shutil.copytree(TOY, tmp_path / "m")
+    (tmp_path / "m" / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}")
+    (tmp_path / "m" / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    rows = [{"messages": [{"role": "user", "content": f"{i} and one?"},
+                          {"role": "assistant", "content": f"It is {i + 1}."}]} for i in range(30)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main("--model", tmp_path / "m", "--task", "text", "--data", tmp_path / "rows.jsonl", "--epochs", 8,
+         "--batch-size", 9, "--lr", "1e-3", "--lora-lr", "1e-3", "--ranks", 8, "--eval-every", 12,
+         "--export-dtype", "fp32", "--out", tmp_path / "run")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["after"]["loss"]["n"] == 3
+    assert results["after"]["loss"]["value"] < 0.7 * results["before"]["loss"]["value"]
+    assert results["after"]["token accuracy"]["value"] > results["before"]["token accuracy"]["value"]
+    main("--eval-only", tmp_path / "run", "--out", tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "results.json").read_text())["after"]
+    for name in ("loss", "perplexity", "token accuracy", "exact match"):
+        assert again[name]["value"] == pytest.approx(results["after"][name]["value"], rel=1e-4)
+    with open(tmp_path / "results.csv", newline="") as f:
+        first, second = csv.DictReader(f)
+    assert float(first["perplexity"]) == pytest.approx(results["after"]["perplexity"]["value"])
+    main("--eval-only", tmp_path / "run" / "model", "--task", "text", "--eval-data", tmp_path / "rows.jsonl",
+         "--out", tmp_path / "all")
+    assert json.loads((tmp_path / "all" / "results.json").read_text())["after"]["loss"]["n"] == 30
+    log = [json.loads(line) for line in open(tmp_path / "run" / "log.jsonl")]
+    assert {"loss", "perplexity"} <= next(r for r in log if "held_out" in r)["held_out"].keys()
+
+
+def test_a_row_that_the_template_refuses_ends_the_run_in_one_line(tmp_path):
+    shutil.copytree(TOY, tmp_path / "m")
+    (tmp_path / "m" / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    (tmp_path / "rows.jsonl").write_text(3 * (json.dumps(row) + "\n"))
+    r = run("--model", tmp_path / "m", "--task", "text", "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "run")
+    assert r.returncode == 1 and r.stderr == "error: training row 0: the chat template fails: roles must alternate\n"
+    assert not (tmp_path / "run").exists()
+
 def test_rows_that_cannot_be_encoded_or_answered_are_counted(tmp_path, capsys):
     shutil.copytree(TOY, tmp_path / "m")
     spec = json.loads((TOY / "tokenizer.json").read_text())
@@ -707,6 +748,7 @@ def test_the_log_says_which_share_of_the_weights_changed(ranks):
     (["--alpha", "-1"], "--alpha and --clip must be above 0"), (["--lr", "-1"], "can't be negative"),
     (["--dtype", "float16"], "invalid choice: 'float16'"), (["--device", "meta"], "--device meta: "),
     (["--task", "med", "--data", "rows.jsonl"], "--data rows.jsonl wants --eval-data FILE"),
+    (["--task", "text"], "--task text wants --data FILE, rows of your own"),
     (["--eval-only", "m", "--model", "n"], "names the model"),
     (["--eval-only", "m", "--dry-run"], "dry-run")])
 def test_wrong_usage_is_exit_code_2(args, message, capsys):
