@@ -18,7 +18,7 @@ import torch
 
 from lib.chat import TemplateError, encode_chat
 from lib.files import download, hub_files
-from lib.read import read_rows
+from lib.read import check_row, is_chat, read_rows, text_usable
 from lib.sandbox import execute_in_parallel, execute_pairs, sql_tokens, unfence     # noqa: F401
 from lib.tokenizer import MAX_CHARS, Tokenizer                                      # noqa: F401
 from model import Packed, on_device
@@ -26,29 +26,6 @@ from toy.world import toy_facts, toy_med, toy_sql, toy_world
 
 # ----------------------------------------------------------------------------------------------------------
 # rows: from a local file (lib/read.py), the data set's official source, or the toy world
-
-MISSING = object()
-KINDS = {       # what a field may be, see Task.fields
-    "string": lambda x: isinstance(x, str),
-    "string or null": lambda x: x is None or isinstance(x, str),
-    "string, null or absent": lambda x: x is None or x is MISSING or isinstance(x, str),
-    "whole number or null": lambda x: x is None or type(x) is int or type(x) is float and x.is_integer(),
-    "list, null or absent": lambda x: x is None or x is MISSING or isinstance(x, list),
-    "list of strings": lambda x: isinstance(x, list) and all(isinstance(s, str) for s in x)}
-
-def check_row(where, row, fields):
-    """ValueError, with file, line and field, unless each field (a dotted path) is of its kind (see KINDS)."""
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: fields are missing: this is no JSON object")
-    for path, kind in fields.items():
-        value = row
-        for key in path.split("."):
-            value = value.get(key, MISSING) if isinstance(value, dict) else MISSING
-        if value is MISSING and not KINDS[kind](MISSING):
-            needed = ", ".join(f for f, k in fields.items() if not KINDS[k](MISSING))
-            raise ValueError(f"{where}: field {path} is missing; needed are {needed}; found: {', '.join(row)}")
-        if not KINDS[kind](value):
-            raise ValueError(f"{where}: field {path} is not a {kind}")
 
 def load_rows(name, split, source="hub", limit=None):
     """Rows of a task. split: "train" or "test"; source: "hub" (the official one), "toy", or a file.
@@ -114,7 +91,7 @@ def encode(tokenizer, prompt, target, row=-1):
 
 def encode_row(tokenizer, task, row, i=-1):
     """-> the Example that training sees of a row. A conversation is written by the model's chat template."""
-    if "messages" not in row:
+    if not is_chat(row):
         return encode(tokenizer, *task.pair(row), row=i)
     ids, targets = encode_chat(tokenizer, row["messages"])
     return Example(ids, targets[0], i, frozenset(range(targets[0], len(ids))) - set(targets))
@@ -400,34 +377,6 @@ def sql_metrics(rows, scored, texts):
 
 TENTH = "a tenth of --data"       # where --eval-data is not given, see Task.source
 
-def is_chat(row):
-    return row.get("messages") is not None
-
-def text_usable(rows):
-    """Rows of either form, without the columns of the other one. ValueError for what nothing can be learnt
-    from."""
-    kept = []
-    for where, row in rows:
-        is_pair = all(row.get(name) is not None for name in ("prompt", "completion"))
-        if is_pair == is_chat(row):
-            raise ValueError(f"{where}: a row has either prompt and completion, or messages; this one has "
-                             f"{', '.join(row) or 'no field'}")
-        if is_chat(row):
-            check_messages(where, row["messages"])
-            kept.append((where, {"messages": row["messages"]}))
-        else:
-            if not row["completion"].strip():
-                raise ValueError(f"{where}: field completion is empty")
-            kept.append((where, {"prompt": row["prompt"], "completion": row["completion"]}))
-    return kept
-
-def check_messages(where, messages):
-    for i, m in enumerate(messages, 1):
-        if not (isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)):
-            raise ValueError(f"{where}: message {i} has no role and content that are strings")
-    if not any(m["role"] == "assistant" for m in messages):
-        raise ValueError(f"{where}: no message is the assistant's, so there is nothing to learn")
-
 def text_pair(row):
     """A conversation has it only to be shown."""
     if not is_chat(row):
@@ -449,10 +398,10 @@ class Task(NamedTuple):
     source: str         # the official one: a repository on the hub, or an address; None: rows of one's own
     splits: dict        # "train", "test" -> its name of the rows to train and to evaluate on
     toy: Callable       # that name -> rows of the toy world
-    fields: dict        # what a row must have: dotted path -> one of KINDS
+    fields: dict        # what a row must have: dotted path -> one of lib.read.KINDS
     usable: Callable    # [(where, row)] -> those that can be used; ValueError if they make no sense
     pair: Callable      # row -> (prompt, target): what training sees
-    queries: Callable   # row -> [(prompt, answer)]: what evaluation scores, without generating. None: the pair
+    queries: Callable   # row -> [(prompt, answer)]: what is scored, without generating; None: the pair
     choices: tuple      # options ranked as the next token after queries(row)[0]
     new_tokens: int     # how many tokens evaluation generates at most; 0: it takes the greedy next token
     metrics: Callable   # rows, [[Scored]], greedy texts -> a Verdict for each row

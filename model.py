@@ -38,6 +38,7 @@ from torch.utils.checkpoint import checkpoint
 from lib.config import parse_config, peft_names
 from lib.files import (copy_companions, find_checkpoint, refuse_infinite, refuse_quantised, save_safely,
                        save_weights, weight_files)
+from lib.progress import progress
 from lib.ranks import in_step, whole_groups
 from lib.read import naming, one_line, read_json
 
@@ -309,10 +310,11 @@ class Transformer(nn.Module):
                    for piece in zip(x.split(LOGIT_ROWS), labels.split(LOGIT_ROWS)))
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens, eos_ids=(), temperature=0.0, generator=None):
+    def generate(self, prompts, max_new_tokens, eos_ids=(), temperature=0.0, generator=None, bar=None):
         """Continue prompts (lists of token ids) until an EOS or max_new_tokens; greedy at temperature 0.
         -> the new tokens of each prompt, with the EOS. On a GPU the greedy step becomes a CUDA graph,
-        because its kernels take longer to launch one by one than to run."""
+        because its kernels take longer to launch one by one than to run. bar.update(n) is told how many
+        prompts have one more token."""
         if not prompts or not all(prompts):
             raise ValueError("generate needs prompts of at least one token each")
         weight = self.model["embed_tokens"].weight
@@ -349,6 +351,8 @@ class Transformer(nn.Module):
                 advance = graph.replay
             advance()
             new.append(token.clone())
+            if bar:
+                bar.update(len(prompts))
         rows = torch.stack(new, dim=1).tolist()
         ends = [next((i + 1 for i, t in enumerate(row) if t in eos_ids), len(row)) for row in rows]
         return [row[:n] for row, n in zip(rows, ends)]
@@ -594,7 +598,7 @@ def load_weights(model, directory, dtype, device, rows=None):
     for file in weight_files(directory):
         try:
             with safe_open(file, "pt", device="cpu" if str(device) == "meta" else str(device)) as f:
-                for key in f.keys():
+                for key in progress(f.keys(), f"reading {file.name}", "tensors"):
                     if "vision_tower." in key or "multi_modal_projector." in key:
                         continue
                     name = key.replace("model.language_model.", "model.").removeprefix("language_model.")

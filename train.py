@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 import data
 import molf
 from data import Tokenizer, batch_of, count_targets, count_tokens, read_data
-from lib import parallel, ranks
+from lib import parallel, ranks, track
 from lib.checkpoints import Checkpoints, last_checkpoint
 from lib.evaluate import batch_loss, evaluate, flat
 from lib.fast import FastStep
@@ -38,10 +38,10 @@ from lib.files import (clear_run, digest, empty, find_checkpoint, log_until, onl
                        refuse_to_replace, refuse_unwritable, run_flags, run_inputs, save_record, save_safely,
                        set_eos)
 from lib.memory import estimate_bytes, largest_share
-from lib.report import (begun, count_parameters, discard_stdout, escape_unprintable, log_line, peak_memory,
-                        print_bytes, print_results, print_summary, provenance, quiet_ends, read_first_result,
-                        read_table, sample, save_results, share_changed, stop, stop_if_not_finite,
-                        stop_if_not_routed, warn_of_guessing, written)
+from lib.report import (begun, count_parameters, discard_stdout, escape_unprintable, first_share, log_line,
+                        peak_memory, print_bytes, print_results, print_summary, provenance, quiet_ends,
+                        read_first_result, read_table, sample, save_results, share_changed, stop,
+                        stop_if_not_finite, stop_if_not_routed, warn_of_guessing, written)
 from model import TARGETS, Transformer, add_experts, fold, molf_layers, read_config, unfold
 from molf import ROUTES, SCORES, MoLFAdamW, param_groups
 
@@ -57,7 +57,7 @@ TOY = dict(lr=1e-3, lora_lr=1e-3, alpha=12,
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 OF_THIS_CALL = "out", "overwrite", "resume", "dry_run", "world_size"        # not a part of what the run is
 # --resume may change these
-MAY_CHANGE = OF_THIS_CALL + ("log_every", "save_every", "keep", "device", "eager", "max_tokens")
+MAY_CHANGE = OF_THIS_CALL + ("log_every", "save_every", "keep", "device", "eager", "max_tokens", "tensorboard")
 EVALUATION_FLAGS = ("task", "data", "eval_data", "limit", "eval_limit", "dtype", "max_tokens", "max_length",
                     "seed")
 
@@ -113,6 +113,7 @@ def make_parser():
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out, with its flags")
     add("--seed", type=int, default=42, help="of experts, order of the data and dropout (default: 42)")
     add("--log-every", type=int, default=10, help="steps between log lines (default: 10)")
+    add("--tensorboard", action="store_true", help="write the log for TensorBoard as well, see lib/track.py")
     add("--dry-run", action="store_true", help="print counts, bytes by kind, number of steps; then stop")
     add("--world-size", type=int, metavar="N", help="with --dry-run: count the bytes of one of N GPUs "
         "(default: as torchrun says, or 1)")
@@ -193,7 +194,8 @@ def set_defaults(p, a):
     if a.world_size is not None and not a.dry_run:
         p.error("--world-size goes with --dry-run; to train on several GPUs, start torchrun")
     if task.source is None and a.data in ("hub", "toy") and not (a.eval_only and a.eval_data):
-        p.error(f"--task {a.task} wants --data FILE, rows of your own: with prompt and completion, or messages")
+        p.error(f"--task {a.task} wants --data FILE, rows of your own: with prompt and completion, or with "
+                f"messages")
     if a.eval_data is None and task.source is None:
         a.eval_data = data.TENTH
     if a.eval_data is None:
@@ -223,6 +225,8 @@ def refuse_nonsense(p, a):
         value = getattr(a, key)
         if value is not None and value < 1:
             p.error(f"--{key.replace('_', '-')} must be at least 1")
+    if a.tensorboard and not track.installed():
+        p.error("--tensorboard wants TensorBoard: pip install tensorboard")
     if a.batch_size < a.world_size:
         p.error(f"--batch-size {a.batch_size}: fewer sequences than the {a.world_size} ranks")
     if a.dropout and a.checkpointing and not a.eager and a.device.startswith("cuda"):
@@ -301,6 +305,7 @@ def train(model, optimizer, examples, a, log=print, held_out=None, checkpoints=N
     first, history = start or (0, None)
     parts = [history] if history else []                # of the history, on the CPU
     pending = []                                        # of the steps since the last log, on the device
+    names = [name for name, _ in molf_layers(model)]
     group_of = {group["kind"]: i for i, group in enumerate(optimizer.param_groups)}     # one of each kind
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: lr_factor(i, total, a.warmup),
                                                  last_epoch=first - 1)
@@ -338,6 +343,7 @@ def train(model, optimizer, examples, a, log=print, held_out=None, checkpoints=N
             seconds = time.perf_counter() - clock if step > timed_from else 0.0
             record = dict(step=step + 1, loss=losses[-1].item(), lr=rates, grad_norm=norms[-1].item(),
                           full_share=gates[..., 0].mean().item() if "full" in group_of else 0.0,
+                          share=first_share(gates, names) if gates.shape[-1] > 1 else {},
                           changed=share_changed(before, sampled),
                           tok_per_s=tokens / seconds if seconds else 0.0,
                           eta_s=seconds * (total - 1 - step) / max(1, step - timed_from + 1),
@@ -521,6 +527,9 @@ def train_with_checkpoints(checkpoints, tokenizer, rows, a, out):
         if a.resume:
             print(f"going on behind step {start[0]}" if start else "no whole checkpoint: starting anew")
         save_safely(out / "log.jsonl", log_until(start[0], out / "log.jsonl") if start else "")
+        tracker = None
+        if a.tensorboard and ranks.first():
+            tracker = track.writer(out / "tensorboard", start[0] if start else 0)
         with open(out / "log.jsonl" if ranks.first() else os.devnull, "a") as log_file:
             def log(line, record):
                 try:
@@ -529,6 +538,8 @@ def train_with_checkpoints(checkpoints, tokenizer, rows, a, out):
                     checkpoints.asked = checkpoints.asked or signal.SIGPIPE
                     discard_stdout()
                 print(json.dumps(record), file=log_file, flush=True)
+                if tracker:
+                    track.add_record(tracker, record)
             try:
                 history = train(checkpoints.model, checkpoints.optimizer, rows.examples, a, log,
                                 held_out if rows.held_out else None, checkpoints, start)

@@ -139,9 +139,24 @@ def weights(rng, folder, base):
     return args
 
 
+PAIR = {"prompt": "Who wrote Emma?", "completion": " Jane Austen"}
+CHAT = {"messages": [{"role": "user", "content": "Who wrote Emma?"},
+                     {"role": "assistant", "content": "Jane Austen."}]}
+TEMPLATE = b"""{% for m in messages %}{{ m.role + ': ' }}
+{%- if m.role == 'assistant' %}{% generation %}{{ m.content | trim }}{{ eos_token }}{% endgeneration %}
+{%- else %}{{ m.content }}{% endif %}{{ '\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"""
+
+
 def rows(rng, folder, base):
     task = rng.choice(list(data.TASKS))
-    table = data.load_rows(task, "train", "toy", 5)[0]
+    if task == "text":
+        table = [rng.choice([PAIR, CHAT]) for _ in range(5)]
+        template = changed_bytes(rng, TEMPLATE) if rng.random() < 0.5 else TEMPLATE
+        model_with(folder, "tokenizer_config.json", json.dumps({"eos_token": "<|endoftext|>"}).encode())
+        (folder / "model" / "chat_template.jinja").write_bytes(template)
+    else:
+        table = data.load_rows(task, "train", "toy", 5)[0]
     path = folder / rng.choice(["rows.json", "rows.jsonl", "rows.jsonl.gz", "rows.parquet"])
     if path.suffix == ".parquet":
         try:
@@ -156,8 +171,9 @@ def rows(rng, folder, base):
         content = b"\n".join(changed(rng, row) if rng.random() < 0.3 else text_of(row) for row in table)
         content = gzip.compress(content) if path.suffix == ".gz" else content
     path.write_bytes(changed_bytes(rng, content) if rng.random() < 0.3 else content)
+    model = ["--model", folder / "model"] if task == "text" else []
     return ["--task", task, "--data", path, "--eval-data", path, "--ranks", 2, "--epochs", 1,
-            "--eval-every", 1, "--out", folder / "out"]
+            "--eval-every", 1, "--out", folder / "out", *model]
 
 
 def checkpoint(rng, folder, base):

@@ -4,8 +4,8 @@ loss.
     ids, turns = encode_chat(tokenizer, messages)       # which of the tokens are the assistant's
 
 A template is a Jinja program among the model's files. It runs in jinja2's sandbox, with what `transformers`
-gives to one, so its text is the same. A template may mark what the assistant writes by {% generation %}. Where
-it does not, a turn is what is added to the text that asks for it, up to the control token that ends it.
+gives to one, so its text is the same. A template may mark what the assistant writes by {% generation %}.
+Where it does not, a turn is what is added to the text that asks for it, up to the control token that ends it.
 
 What people have written stays text: "<|im_end|>" in a message is no control token, though the same characters
 in the template are.
@@ -58,11 +58,12 @@ class ChatTemplate:
 
     def write(self, messages, **options):
         with failing("the chat template fails"):
-            text = self.template.render(messages=messages, tools=None, documents=None, **self.variables, **options)
+            options |= dict(messages=messages, tools=None, documents=None)
+            text = self.template.render(**self.variables, **options)
         return re.sub("[\ud800-\udfff]", "\ufffd", text)        # lone surrogates, which are no text
 
     def turns(self, messages, control):
-        """control: the control tokens. -> the text, and (begin, end) of each of the assistant's turns in it"""
+        """control: the control tokens. -> the text, and (begin, end) of each turn of the assistant in it"""
         if self.marks:
             return find_marks(self.write(messages, add_generation_prompt=False))
         text = self.write(messages, add_generation_prompt=False)
@@ -72,8 +73,8 @@ class ChatTemplate:
                 before = self.write(messages[:i], add_generation_prompt=True)
                 after = self.write(messages[:i + 1], add_generation_prompt=False)
                 if not (after.startswith(before) and text.startswith(after)):
-                    raise TemplateError(f"the chat template writes message {i + 1} otherwise when others follow, "
-                                        f"so its place is not known: mark it by {{% generation %}} there")
+                    raise TemplateError(f"the chat template writes message {i + 1} otherwise when others "
+                                        f"follow, so its place is not known: mark it by {{% generation %}}")
                 turn = after[len(before):].rstrip()         # nobody waits for the line break behind the end
                 found.append((len(before), len(before) + len(turn) if turn.endswith(control) else len(after)))
         return text, found

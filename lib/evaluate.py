@@ -7,6 +7,7 @@ import time
 import torch
 
 from data import Scored, count_targets, micro_batches, to_device
+from lib.progress import progress
 from lib.ranks import gathered, on_first, part_of
 from model import LOGIT_ROWS
 
@@ -16,8 +17,10 @@ def score_targets(model, examples, max_tokens=16384, choices=()):
     compare in the place of a target's first token."""
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
     found = []
-    for batch in micro_batches([examples[i] for i in order], max_tokens):
-        found += score_batch(model, batch, list(choices))
+    with progress(what="scoring", unit="answers", total=len(order)) as bar:
+        for batch in micro_batches([examples[i] for i in order], max_tokens):
+            found += score_batch(model, batch, list(choices))
+            bar.update(len(batch))
     scored = dict(zip(order, found))
     return [scored[i] for i in range(len(examples))]
 
@@ -52,11 +55,14 @@ def continue_all(model, prompts, max_new_tokens, eos_ids, places):
     first, in batches whose KV cache has at most `places` places. -> the new tokens of each, with the EOS"""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     new = [None] * len(prompts)
-    while order:
-        n = max(1, places // (len(prompts[order[0]]) + max_new_tokens))
-        batch, order = order[:n], order[n:]
-        for i, ids in zip(batch, model.generate([prompts[i] for i in batch], max_new_tokens, eos_ids)):
-            new[i] = ids
+    with progress(what="generating", unit="tokens", total=len(order) * max_new_tokens) as bar:
+        while order:
+            n = max(1, places // (len(prompts[order[0]]) + max_new_tokens))
+            batch, order = order[:n], order[n:]
+            texts = model.generate([prompts[i] for i in batch], max_new_tokens, eos_ids, bar=bar)
+            for i, ids in zip(batch, texts):
+                new[i] = ids
+            bar.total = bar.n + len(order) * max_new_tokens         # most texts end before that
     return new
 
 def evaluate(model, tokenizer, task, questions, max_tokens):

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from lib.progress import progress
 from lib.ranks import first
 from lib.read import naming, parse_json, read_json, tensor_names
 
@@ -133,7 +134,8 @@ def save_weights(directory, sizes, tensors, limit=5_000_000_000):
         file_of |= dict.fromkeys(names, file)
         missing[file] = set(names)
     waiting = defaultdict(dict)
-    for name, t in tensors:                     # (of several ranks all take part in gathering it)
+    # (of several ranks all take part in gathering a tensor)
+    for name, t in progress(tensors, f"writing {directory}", "tensors", len(sizes)):
         if not first():
             continue
         file = file_of[name]
@@ -261,7 +263,7 @@ def empty(folder):
 
 def clear_run(out):
     """Delete what a run has left in its directory, so that nothing of it is taken for the next one's."""
-    for name in ("adapter", "last-good", "checkpoints", "model"):
+    for name in ("adapter", "last-good", "checkpoints", "model", "tensorboard"):
         empty(out / name)
     for name in ("results.json", "before.json", "predictions.jsonl", "routing.safetensors", "log.jsonl"):
         (out / name).unlink(missing_ok=True)

@@ -143,3 +143,58 @@ def unpacked_size(value):
     if isinstance(value, list):
         return 8 * len(value) + sum(map(unpacked_size, value))
     return len(value) if isinstance(value, (str, bytes)) else 0
+
+# ----------------------------------------------------------------------------------------------------------
+# what a row must have
+
+MISSING = object()
+KINDS = {       # what a field may be, see Task.fields
+    "string": lambda x: isinstance(x, str),
+    "string or null": lambda x: x is None or isinstance(x, str),
+    "string, null or absent": lambda x: x is None or x is MISSING or isinstance(x, str),
+    "whole number or null": lambda x: x is None or type(x) is int or type(x) is float and x.is_integer(),
+    "list, null or absent": lambda x: x is None or x is MISSING or isinstance(x, list),
+    "list of strings": lambda x: isinstance(x, list) and all(isinstance(s, str) for s in x)}
+
+def check_row(where, row, fields):
+    """ValueError, with file, line and field, unless each field (a dotted path) is of its kind (see KINDS)."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: fields are missing: this is no JSON object")
+    for path, kind in fields.items():
+        value = row
+        for key in path.split("."):
+            value = value.get(key, MISSING) if isinstance(value, dict) else MISSING
+        if value is MISSING and not KINDS[kind](MISSING):
+            needed = ", ".join(f for f, k in fields.items() if not KINDS[k](MISSING))
+            found = ", ".join(row)
+            raise ValueError(f"{where}: field {path} is missing; needed are {needed}; found: {found}")
+        if not KINDS[kind](value):
+            raise ValueError(f"{where}: field {path} is not a {kind}")
+
+def is_chat(row):
+    return row.get("messages") is not None
+
+def text_usable(rows):
+    """Rows of either form, without the columns of the other one. ValueError for what nothing can be learnt
+    from."""
+    kept = []
+    for where, row in rows:
+        is_pair = all(row.get(name) is not None for name in ("prompt", "completion"))
+        if is_pair == is_chat(row):
+            raise ValueError(f"{where}: a row has either prompt and completion, or messages; this one has "
+                             f"{', '.join(row) or 'no field'}")
+        if is_chat(row):
+            check_messages(where, row["messages"])
+            kept.append((where, {"messages": row["messages"]}))
+        else:
+            if not row["completion"].strip():
+                raise ValueError(f"{where}: field completion is empty")
+            kept.append((where, {"prompt": row["prompt"], "completion": row["completion"]}))
+    return kept
+
+def check_messages(where, messages):
+    for i, m in enumerate(messages, 1):
+        if not (isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)):
+            raise ValueError(f"{where}: message {i} has no role and content that are strings")
+    if not any(m["role"] == "assistant" for m in messages):
+        raise ValueError(f"{where}: no message is the assistant's, so there is nothing to learn")
