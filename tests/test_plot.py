@@ -103,7 +103,8 @@ def test_soft_gates_are_averaged_and_named(tmp_path):
     assert all(list(line.get_ydata()) == [25, 75, 25] for line in ax.lines)
     assert ax.get_xlabel() == "training step" and ax.get_ylabel() == "mean gate of the\nrank-4 expert (%)"
     image = plot.draw_map(run).axes[0].images[0]
-    assert image.get_array().flatten().tolist() == pytest.approx([125 / 3] * 7) and image.get_clim() == (0, 100)
+    assert image.get_array().flatten().tolist() == pytest.approx([125 / 3] * 7)
+    assert image.get_clim() == (0, 100)
 
 
 def test_the_map_has_a_cell_for_each_linear(tmp_path):
