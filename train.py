@@ -37,10 +37,10 @@ from lib.fast import FastStep
 from lib.files import (clear_run, digest, empty, find_checkpoint, log_until, only_one, refuse_other_inputs,
                        refuse_to_replace, refuse_unwritable, run_flags, run_inputs, save_record, save_safely,
                        set_eos)
-from lib.memory import estimate_bytes, largest_share
+from lib.memory import CARDS, estimate_bytes, largest_share, largest_that_fits
 from lib.report import (begun, count_parameters, discard_stdout, escape_unprintable, first_share, log_line,
-                        peak_memory, print_bytes, print_results, print_summary, provenance, quiet_ends,
-                        read_first_result, read_table, sample, save_results, share_changed, stop,
+                        peak_memory, print_bytes, print_results, print_summary, print_what_fits, provenance,
+                        quiet_ends, read_first_result, read_table, sample, save_results, share_changed, stop,
                         stop_if_not_finite, stop_if_not_routed, warn_of_guessing, written)
 from model import TARGETS, Transformer, add_experts, fold, molf_layers, read_config, unfold
 from molf import ROUTES, SCORES, MoLFAdamW, param_groups
@@ -236,7 +236,9 @@ def refuse_nonsense(p, a):
     if not 0 <= a.dropout < 1 or not 0 <= a.warmup <= 1:
         p.error("--dropout and --warmup are shares, from 0 to 1")
     try:
-        torch.empty(0, device=ranks.own_device(a.device)).cpu()
+        torch.device(a.device)
+        if not a.dry_run:                               # which counts for a GPU that is elsewhere, too
+            torch.empty(0, device=ranks.own_device(a.device)).cpu()
     except (RuntimeError, AssertionError, ValueError) as e:
         p.error(f"--device {a.device}: {str(e).splitlines()[0]}")
 
@@ -381,7 +383,7 @@ def main(argv=None):
         a.device = ranks.own_device(a.device)
         escape_unprintable()
         torch.set_flush_denormal(True)      # second moments reach 1e-40, where a CPU is several times slower
-        if a.device.startswith("cuda"):
+        if a.device.startswith("cuda") and not a.dry_run:
             # a CUDA graph captures the current device
             torch.cuda.set_device(torch.device(a.device).index or 0)
         load_and_run(a, Path(a.out))
@@ -427,10 +429,13 @@ def dry_run(config, rows, a):
     with torch.device("meta"):
         model = Transformer(config).to(getattr(torch, a.dtype))
     steps = prepare(model, rows, a)["steps"]
-    batches = (batch_of(i, rows.examples, a) for i in range(steps // a.epochs))
+    batches = [batch_of(i, rows.examples, a) for i in range(steps // a.epochs)]
     tokens = max(largest_share(batch, a.world_size, a.max_tokens) for batch in batches)
     print(f"world size {a.world_size}, {a.device}, {a.dtype}, up to {tokens:,} tokens in a micro-batch:")
     print_bytes(estimate_bytes(model, a, tokens, a.world_size))
+    most = max(largest_share(batch, a.world_size) for batch in batches)
+    print_what_fits({gb: largest_that_fits(model, a, a.world_size, gb, most) for gb in CARDS},
+                    max(len(e.ids) for e in rows.examples), most)
 
 def prepare(model, rows, a):
     """Put the experts in, and say what there is to do."""

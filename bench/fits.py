@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.speed import QWEN, SHAPES                        # noqa: E402
-from lib.memory import estimate_bytes                       # noqa: E402
+from lib.memory import USABLE, estimate_bytes                       # noqa: E402
 from model import Config, Transformer, add_experts          # noqa: E402
 from train import PAPER                                     # noqa: E402
 
@@ -38,7 +38,6 @@ MODELS = {
     "Gemma-3-4B": shape(GEMMA, 2560, 10240, 34, 8, 4),
     "Gemma-3-12B": shape(GEMMA, 3840, 15360, 48, 16, 8),
     "Gemma-3-27B": shape(GEMMA, 5376, 21504, 62, 32, 16, head_dim=128, query_pre_attn_scalar=168)}
-USABLE = 0.92
 
 
 def marked(gb):

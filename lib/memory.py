@@ -12,12 +12,16 @@ Gradients count at all three. With a single micro-batch they come while activati
 lower, by up to their size. Not counted: what CUDA, cuBLAS and NCCL take for themselves, an evaluation, and
 loading.
 """
+import math
 from collections import Counter
 
 from lib import parallel, ranks
 from lib.fast import STREAMS
 from model import LOGIT_ROWS, molf_layers
 from molf import param_groups
+
+CARDS = 24, 40, 80, 141     # GB
+USABLE = 0.92               # of a card: the rest is CUDA's, cuBLAS's and NCCL's, and what fragments lose
 
 def bytes_of(params):
     return sum(p.nbytes for p in params)
@@ -181,7 +185,22 @@ def step_bytes(model, fast, n):
         temporary = 28 * max(numbers)
     return max(exchange, temporary)
 
-def largest_share(batch, n, max_tokens):
+def largest_that_fits(model, a, n_ranks, gb, most, unit=64):
+    """-> the most tokens of a micro-batch, at most `most` and else a multiple of `unit`, with which a step
+    fits into a GPU of so many GB; 0 if none do. By bisection: the estimate grows with the tokens."""
+    fits = lambda tokens: estimate_bytes(model, a, tokens, n_ranks)["peak (estimate)"] <= USABLE * gb * 1e9
+    if fits(most):
+        return most
+    low, high = 0, -(-most // unit)             # of these units the first fits, or none does; the last does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(middle * unit):
+            low = middle
+        else:
+            high = middle
+    return low * unit
+
+def largest_share(batch, n, max_tokens=math.inf):
     """batch: examples, of which each of n ranks takes its share. -> the tokens of the largest micro-batch"""
     sizes = {i: len(e.ids) for i, e in enumerate(batch)}
     load = Counter()

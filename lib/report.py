@@ -88,6 +88,18 @@ def print_bytes(sizes):
     for kind, n in sizes.items():
         print(f"  {kind:26s}{n / 1e9:9.3f} GB")
 
+def print_what_fits(tokens, longest, most):
+    """tokens: {GB of a card: the largest micro-batch that fits it}. longest: tokens of the longest row; most:
+    of the largest batch."""
+    print("the largest --max-tokens that fits, with 8 % of a card left to CUDA:")
+    for gb, n in tokens.items():
+        said = f"{n:,}"
+        if n < longest:
+            said = f"none: {f'the longest row has {longest:,} tokens' if n else 'not even one token'}"
+        elif n == most:
+            said = f"any: no batch has more than {most:,} tokens on a GPU"
+        print(f"  {gb:3d} GB  {said}")
+
 def escape_unprintable():
     """A terminal may not know the characters that a model writes: print them as escapes, do not fail."""
     for stream in (sys.stdout, sys.stderr):

@@ -15,7 +15,7 @@ from torch.nn.attention.varlen import varlen_attn
 import data
 import lib.fast
 import train
-from lib import memory, parallel
+from lib import memory, parallel, report
 from lib.memory import estimate_bytes
 from model import GQA, Block, Config, Packed, Transformer, add_experts, cross_entropy, fold, unfold
 from molf import MoLFAdamW, param_groups
@@ -285,6 +285,37 @@ def test_a_dry_run_counts_for_other_numbers_of_gpus(capsys):
     assert "gathered (estimate)" in four and "gathered (estimate)" not in one
     for kind in ("weights", "gradients", "moments and masters", "peak (estimate)"):
         assert four[kind] < one[kind]
+
+
+@pytest.mark.parametrize("method", ["fft", "lora", "molf", "molf-e"])
+@pytest.mark.parametrize("n_ranks", [1, 2])
+def test_the_largest_micro_batch_that_fits_is_the_largest(method, n_ranks):
+    """Against all sizes one by one: cards that hold nothing, something, and everything."""
+    model = small(QWEN, method)
+    a = argparse.Namespace(device="cuda", eager=False)
+    peak = {n: memory.estimate_bytes(model, a, n, n_ranks)["peak (estimate)"] for n in range(0, 8193, 64)}
+    assert sorted(peak.values()) == list(peak.values())
+    for size in (peak[0] - 1, peak[64] - 1, peak[64], peak[1984] + 5, peak[2048], peak[4096] - 1, peak[8192] + 9):
+        want = max((n for n, need in peak.items() if need <= size), default=0)
+        got = memory.largest_that_fits(model, a, n_ranks, size / memory.USABLE / 1e9 * (1 + 1e-12), 8192)
+        assert got == want, size
+    between = memory.largest_that_fits(model, a, n_ranks, 1e6, 1000)
+    assert between == 1000                                          # all that a batch has
+
+
+def test_a_dry_run_says_what_fits_on_gpus_that_are_elsewhere(capsys):
+    train.main(["--device", "cuda", "--dry-run", "--limit", "16"])
+    text = capsys.readouterr().out
+    assert "world size 1, cuda, bfloat16" in text and "the largest --max-tokens that fits" in text
+    rows = [line.split() for line in text.splitlines()[-4:]]
+    assert [(row[0], row[2]) for row in rows] == [(gb, "any:") for gb in ("24", "40", "80", "141")]
+
+
+def test_what_fits_is_said_in_words(capsys):
+    report.print_what_fits({24: 0, 40: 640, 80: 1984, 141: 9000}, longest=700, most=9000)
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "   24 GB  none: not even one token", "   40 GB  none: the longest row has 700 tokens",
+        "   80 GB  1,984", "  141 GB  any: no batch has more than 9,000 tokens on a GPU"]
 
 
 @pytest.mark.parametrize("args, why", [
