@@ -240,13 +240,15 @@ def pack(examples):
 
 def to_device(examples, device, size=None):
     """-> ids (N,), layout, where (M,), labels (M,): the arguments of Transformer.loss. size: pad them to so
-    many tokens, sequences and targets, in a layout for sequences of that length: what is added counts for
-    nothing in the loss."""
+    many tokens, sequences and targets, with no sequence longer than that: what is added counts for nothing
+    in the loss."""
     ids, lengths, where, labels = pack(examples)
     longest = None
     if size:
         n_tokens, n_sequences, n_targets, longest = size
-        lengths += [n_tokens - len(ids)] + [0] * (n_sequences - len(lengths) - 1)
+        more, rest = divmod(n_tokens - len(ids), longest)
+        lengths += [longest] * more + [rest] * (rest > 0)
+        lengths += [0] * (n_sequences - len(lengths))
         ids += [0] * (n_tokens - len(ids))
         where += [0] * (n_targets - len(where))
         labels += [-100] * (n_targets - len(labels))

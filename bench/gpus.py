@@ -179,7 +179,7 @@ def ours(method, config, load, batches, flags, device):
     model.checkpointing = flags.checkpointing
     groups = shared_out(model, method, flags, device, load)
     optimizer = MoLFAdamW(groups, route=parallel.over_all_modules(molf.topk, model))
-    return train.make_step(model.train(), optimizer, batches, flags)
+    return train.make_step(model.train(), optimizer, batches * speed.LONG, flags)
 
 
 # ------------------------------------------------------------------------------------------------------------

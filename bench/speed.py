@@ -1,4 +1,5 @@
-"""How long a step takes, where its time goes, and what the same work costs in `transformers` and `peft`.
+"""How long a step takes, where its time goes, and what the same work costs in `transformers`, alone and with
+Liger-Kernel, and in `peft`.
 
     python bench/speed.py                                  # a GPU: Qwen2.5-1.5B shapes, all methods and tasks
     python bench/speed.py --shape gemma-3-1b --methods fft molf
@@ -60,8 +61,9 @@ SHAPES = {
                        max_position_embeddings=32768, hidden_activation="gelu_pytorch_tanh",
                        torch_dtype="bfloat16", tie_word_embeddings=True, bos_token_id=2, eos_token_id=1,
                        pad_token_id=0)}
-METHODS = ("fft", "lora", "molf", "molf-e", "transformers fft", "peft lora")
+METHODS = ("fft", "lora", "molf", "molf-e", "transformers fft", "liger fft", "peft lora")
 LENGTHS = Path(__file__).with_name("lengths.json")
+LONG = 400              # the sizes of a run in which each batch comes so often
 FILES = {"fact": "counterfact.jsonl.gz", "med": "medmcqa_train.jsonl.gz", "sql": "sql_train.jsonl.gz"}
 
 
@@ -153,7 +155,7 @@ def ours(method, folder, a, device):
     optimizer = MoLFAdamW(param_groups(model, flags.lr, flags.lora_lr))
 
     def prepare(batches):
-        step = train.make_step(model, optimizer, batches, flags)
+        step = train.make_step(model, optimizer, batches * LONG, flags)
         fast = isinstance(step, FastStep)
 
         def forward_backward(batch):
@@ -177,10 +179,14 @@ def ours(method, folder, a, device):
 
 def theirs(method, folder, a, device):
     """The same work in transformers: padded, sdpa, fused AdamW, no checkpointing, one micro-batch; where the
-    GPU's memory is too small for that, two, four..., each padded to its own longest sequence."""
-    from transformers import AutoModelForCausalLM
+    GPU's memory is too small for that, two, four..., each padded to its own longest sequence. "liger fft" has
+    Liger-Kernel's RMSNorm, RoPE, SwiGLU or GeGLU, and the loss in which the logits are never whole."""
+    if method == "liger fft":
+        from liger_kernel.transformers import AutoLigerKernelForCausalLM as AutoModel
+    else:
+        from transformers import AutoModelForCausalLM as AutoModel
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device)
+    model = AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device)
     lora, rank = method == "peft lora", 16 if a.shape == "toy" else 128
     if lora:
         from peft import LoraConfig, get_peft_model

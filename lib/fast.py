@@ -6,10 +6,11 @@ its step to `FastStep`, and bench/speed.py does the same. Three things make it f
     compiled    a block, the loss, unfold, fold and the passes of the optimizer become few kernels each
     streams     small kernels run beside large ones, on several CUDA streams
     captured    micro-batches are padded to a few sizes. For each size the whole step is recorded once, as a
-                CUDA graph, and then replayed
+                CUDA graph, and then replayed. A short run has fewer sizes, since each must pay for its recording
 
 `train.py --eager` does without all of it. On a CPU, for tests, FastStep compiles and pads only.
 """
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 from functools import partial
 from itertools import cycle
@@ -96,6 +97,32 @@ def padded(n):
     unit = max(16, (1 << (n - 1).bit_length()) // 128)
     return -(-n // unit) * unit
 
+def few_sizes(counts, price):
+    """counts: {tokens of a micro-batch: steps that have it}; price: tokens that could be trained on in the
+    time that a size costs. -> {tokens: tokens with padding}, where padding and sizes together cost least."""
+    sizes = sorted(counts)
+    cost, begin = [0.0], [0]            # of the first j sizes: the least cost, and where the last group begins
+    for j in range(1, len(sizes) + 1):
+        padding, options = 0, []
+        for i in reversed(range(j)):    # sizes[i:j] are padded to the last of them
+            padding += counts[sizes[i]] * (sizes[j - 1] - sizes[i])
+            options.append((cost[i] + padding + price, i))
+        best, i = min(options)
+        cost.append(best)
+        begin.append(i)
+    padded_to, j = {}, len(sizes)
+    while j:
+        padded_to |= dict.fromkeys(sizes[begin[j]:j], sizes[j - 1])
+        j = begin[j]
+    return padded_to
+
+def price_of_a_size(model):
+    """In tokens. To record a step takes about 8 ms a block and micro-batch. A token takes six operations for each number of the
+    linear layers, of which a GPU does 4e14 a second (an H100, in bf16)."""
+    seconds = 0.008 * len(model.model["layers"])
+    numbers = sum(layer.weight.numel() for _, layer in model_py.molf_layers(model))
+    return seconds / (6 * numbers / 4e14)
+
 class Recording(NamedTuple):
     """A captured step."""
     graph: torch.cuda.CUDAGraph
@@ -125,20 +152,30 @@ class FastStep:
             gates = torch.zeros(*optimizer.gates.shape, 4, device=self.device)[..., 0]
             optimizer.gates = gates.copy_(optimizer.gates)
         self.recordings, self.pool, self.warm = {}, None, False
-        self.targets = {}               # tokens of a micro-batch -> the most targets
-        self.example = {}               # tokens of a micro-batch -> a batch
-        self.longest = 0                # tokens of the longest sequence, padding included
-        self.sequences = 0              # the most in a micro-batch, with the one that is padding
-        self.largest = []               # the batch of the most tokens
-        for batch in batches:
-            self.largest = max(self.largest, batch, key=count_tokens)
-            n, of_ranks = self.cut(batch)
-            self.example[n] = batch
+        self.plan(list(batches))
+
+    def plan(self, batches):
+        """Choose the sizes: (tokens, sequences, targets, tokens of the longest sequence) of a micro-batch."""
+        steps = [(*self.cut(batch), batch) for batch in batches]
+        self.largest = max(batches, key=count_tokens)
+        self.longest = max(len(e.ids) for batch in batches for e in batch)
+        counts = defaultdict(Counter)   # micro-batches of a step -> {tokens of one: how many steps}
+        for n, of_ranks, _ in steps:
+            counts[len(of_ranks[0])][n] += 1
+        self.tokens = {}                # (micro-batches of a step, tokens of one) -> tokens with padding
+        price = price_of_a_size(self.model)
+        for m, of_sizes in counts.items():
+            self.tokens |= {(m, n): size for n, size in few_sizes(of_sizes, price).items()}
+        self.targets = Counter()        # tokens with padding -> the most targets
+        self.example = {}               # tokens with padding -> a batch
+        self.sequences = 0              # the most in a micro-batch, with those that are padding
+        for n, of_ranks, batch in steps:
+            size = self.tokens[len(of_ranks[0]), n]
+            self.example[size] = batch
             for micro in sum(of_ranks, []):
-                self.targets[n] = max(self.targets.get(n, 0), padded(count_targets(micro)))
-                filler = n - count_tokens(micro)        # the padding is one more sequence
-                self.longest = max(self.longest, filler, *(len(e.ids) for e in micro))
-                self.sequences = max(self.sequences, len(micro) + 1)
+                self.targets[size] = max(self.targets[size], padded(count_targets(micro)))
+                filling = -(-(size - count_tokens(micro)) // self.longest)
+                self.sequences = max(self.sequences, len(micro) + filling)
 
     def cut(self, batch):
         """-> n and the micro-batches of each rank: as few as fit into max_tokens, as even as can be, and all
@@ -156,7 +193,8 @@ class FastStep:
         """-> micro-batches on the device, padded to one size, and the number of targets of the batch."""
         n, of_ranks = self.cut(batch)
         micros = of_ranks[ranks.rank()]
-        size = n, self.sequences, self.targets[n], self.longest
+        tokens = self.tokens[len(micros), n]
+        size = tokens, self.sequences, self.targets[tokens], self.longest
         n_targets = torch.tensor(float(count_targets(batch)))
         return [to_device(m, self.device, size) for m in micros], model_py.on_device(n_targets, self.device)
 

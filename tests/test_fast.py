@@ -1,5 +1,6 @@
 """lib/fast.py against the plain step: compiled on a CPU, captured on a GPU."""
 import argparse
+import itertools
 import random
 from functools import partial
 
@@ -12,11 +13,17 @@ import model as model_py
 import molf
 import train
 from data import Tokenizer, encode
-from lib.fast import FastStep, padded, replaced
+from lib.fast import FastStep, few_sizes, padded, replaced
 from model import Transformer, add_experts, molf_layers
 from molf import ROUTES, SCORES, MoLFAdamW, param_groups
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(autouse=True)
+def every_size_pays(monkeypatch):
+    """So a short run has as many as a long one."""
+    monkeypatch.setattr(lib.fast, "price_of_a_size", lambda model: 1)
 
 
 def flags(**kwargs):
@@ -98,6 +105,42 @@ def test_padded_sizes_are_few_and_little_larger():
     sizes = [padded(n) for n in range(1, 20000)]
     assert all(n <= p < 1.016 * n + 16 for n, p in enumerate(sizes, 1)) and sizes == sorted(sizes)
     assert len(set(sizes)) < 400
+
+
+def test_padding_and_sizes_together_cost_least():
+    """Against all ways to choose the sizes."""
+    rng = random.Random(0)
+    for _ in range(200):
+        counts = {16 * n: rng.randint(1, 9) for n in rng.sample(range(1, 40), rng.randint(1, 7))}
+        price = rng.choice([0.5, 20, 100, 1000, 1e6])
+        sizes = sorted(counts)
+
+        def cost(chosen):
+            return price * len(chosen) + sum(c * (min(x for x in chosen if x >= n) - n) for n, c in counts.items())
+        chosen = [[*some, sizes[-1]] for k in range(len(sizes)) for some in itertools.combinations(sizes[:-1], k)]
+        got = few_sizes(counts, price)
+        assert got.keys() == counts.keys() and all(got[n] == min(x for x in got.values() if x >= n) for n in got)
+        assert cost(set(got.values())) == pytest.approx(min(map(cost, chosen)))
+
+
+def test_a_short_run_has_few_sizes_and_a_long_one_pads_little(monkeypatch):
+    """25 steps, and 2,000, of batches with 5,000 to 20,000 tokens, on a model for which a size costs 11,000."""
+    monkeypatch.setattr(lib.fast, "price_of_a_size", lambda model: 11_000)
+    rng = random.Random(0)
+    batches = [[data.Example([1] * rng.randint(100, 500), 90, 0) for _ in range(32)] for _ in range(25)]
+    model = Transformer.from_pretrained("toy")
+    add_experts(model, ranks=(2,))
+    optimizer = MoLFAdamW(param_groups(model))
+    for repeats, most, padding in ((1, 4, 1.15), (80, 25, 1.016)):
+        step = FastStep(None, model, optimizer, batches * repeats, 16384)
+        sizes = {tuple(m[0].shape) for batch in batches for m in step.inputs(batch)[0]}
+        total = sum(len(m[0]) for batch in batches for m in step.inputs(batch)[0])
+        assert len(sizes) <= most and total < padding * sum(map(data.count_tokens, batches))
+        for batch in batches:
+            for _, layout, _, _ in step.inputs(batch)[0]:
+                assert len(layout.cu_seqlens) == step.sequences + 1
+                assert layout.cu_seqlens.diff().max() <= step.longest == 500
+    assert len(sizes) > 8
 
 
 def test_a_batch_is_cut_evenly_and_into_few_sizes():
