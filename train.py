@@ -57,7 +57,8 @@ TOY = dict(lr=1e-3, lora_lr=1e-3, alpha=12,
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 OF_THIS_CALL = "out", "overwrite", "resume", "dry_run", "world_size"        # not a part of what the run is
 # --resume may change these
-MAY_CHANGE = OF_THIS_CALL + ("log_every", "save_every", "keep", "device", "eager", "max_tokens", "tensorboard")
+MAY_CHANGE = OF_THIS_CALL + ("log_every", "save_every", "keep", "device", "eager", "max_tokens",
+                             "tensorboard")
 EVALUATION_FLAGS = ("task", "data", "eval_data", "limit", "eval_limit", "dtype", "max_tokens", "max_length",
                     "seed")
 

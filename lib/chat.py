@@ -14,6 +14,7 @@ import datetime
 import json
 import re
 from functools import cache, partial
+from itertools import accumulate
 
 from jinja2 import nodes
 from jinja2.ext import Extension
@@ -124,18 +125,20 @@ def encode_chat(tokenizer, messages):
     at = 0                                      # characters of the text before this part
     for part in tokenizer.find_control.split(text):
         new, sizes = encode_part(tokenizer, part)
-        for begin, end in (t for t in turns if t[0] < at + len(part) and t[1] > at):
-            first, last = (len_bytes(tokenizer, part[:max(0, place - at)]) for place in (begin, end))
-            start = 0                           # of a token, in bytes of this part
-            for i, size in enumerate(sizes):
-                if start < last and start + size > first:
-                    places.append(len(ids) + i)
-                start += size
+        for begin, end in turns:
+            if begin < at + len(part) and end > at:
+                first, last = (len_bytes(tokenizer, part[:max(0, place - at)]) for place in (begin, end))
+                places += [len(ids) + i for i in overlapping(sizes, first, last)]
         ids += new
         at += len(part)
     if not places:
         raise TemplateError("the chat template marks no turn of the assistant")
     return ids, places
+
+def overlapping(sizes, first, last):
+    """sizes: bytes of each token -> the numbers of the tokens that have one of the bytes first:last"""
+    ends = list(accumulate(sizes))
+    return [i for i, (size, end) in enumerate(zip(sizes, ends)) if end > first and end - size < last]
 
 def encode_part(tokenizer, part):
     """-> the ids of a control token or of text between two, and how many bytes each stands for"""

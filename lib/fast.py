@@ -6,7 +6,8 @@ its step to `FastStep`, and bench/speed.py does the same. Three things make it f
     compiled    a block, the loss, unfold, fold and the passes of the optimizer become few kernels each
     streams     small kernels run beside large ones, on several CUDA streams
     captured    micro-batches are padded to a few sizes. For each size the whole step is recorded once, as a
-                CUDA graph, and then replayed. A short run has fewer sizes, since each must pay for its recording
+                CUDA graph, and then replayed. A short run has fewer sizes, for each must pay for its
+                recording
 
 `train.py --eager` does without all of it. On a CPU, for tests, FastStep compiles and pads only.
 """
@@ -101,7 +102,7 @@ def few_sizes(counts, price):
     """counts: {tokens of a micro-batch: steps that have it}; price: tokens that could be trained on in the
     time that a size costs. -> {tokens: tokens with padding}, where padding and sizes together cost least."""
     sizes = sorted(counts)
-    cost, begin = [0.0], [0]            # of the first j sizes: the least cost, and where the last group begins
+    cost, begin = [0.0], [0]            # for the first j sizes: the least cost, where the last group begins
     for j in range(1, len(sizes) + 1):
         padding, options = 0, []
         for i in reversed(range(j)):    # sizes[i:j] are padded to the last of them
@@ -117,8 +118,8 @@ def few_sizes(counts, price):
     return padded_to
 
 def price_of_a_size(model):
-    """In tokens. To record a step takes about 8 ms a block and micro-batch. A token takes six operations for each number of the
-    linear layers, of which a GPU does 4e14 a second (an H100, in bf16)."""
+    """In tokens. To record a step takes about 8 ms a block and micro-batch. A token takes six operations for
+    each number of the linear layers, of which a GPU does 4e14 a second (an H100, in bf16)."""
     seconds = 0.008 * len(model.model["layers"])
     numbers = sum(layer.weight.numel() for _, layer in model_py.molf_layers(model))
     return seconds / (6 * numbers / 4e14)

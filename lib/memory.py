@@ -191,7 +191,7 @@ def largest_that_fits(model, a, n_ranks, gb, most, unit=64):
     fits = lambda tokens: estimate_bytes(model, a, tokens, n_ranks)["peak (estimate)"] <= USABLE * gb * 1e9
     if fits(most):
         return most
-    low, high = 0, -(-most // unit)             # of these units the first fits, or none does; the last does not
+    low, high = 0, -(-most // unit)             # units: `high` do not fit, and `low` do, unless none does
     while high - low > 1:
         middle = (low + high) // 2
         if fits(middle * unit):

@@ -185,8 +185,8 @@ def small(params):
 
 def units(model, params):
     """-> [[block]]: what FSDP2 gathers, and whose gradients it adds up, at a time. What is in no list is the
-    root's. A small model has few large units, which cost less than many. Where its base is frozen, A and B are
-    all that travels, and the root's."""
+    root's. A small model has few large units, which cost less than many. Where its base is frozen, only A and
+    B travel, and all of them are the root's."""
     blocks = list(model.model["layers"])
     if not small(params):
         return [[block] for block in blocks]

@@ -23,8 +23,10 @@ def scalars(record):
         return {f"held out/{name}": x for name, x in ({"loss": record["loss"]} | values).items()}
     found = {}
     for name, value in record.items():
-        values = {f"{name}/{key}": x for key, x in value.items()} if isinstance(value, dict) else {name: value}
-        found |= {key: x for key, x in values.items() if x is not None}
+        if isinstance(value, dict):
+            found |= {f"{name}/{key}": x for key, x in value.items()}
+        elif value is not None:
+            found[name] = value
     return found
 
 def add_record(to, record):

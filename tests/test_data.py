@@ -139,7 +139,7 @@ def test_a_file_that_is_missing_or_not_json(tmp_path):
             read_rows(tmp_path / name)
 
 
-# ------------------------------------------------------------------------------------------- rows of one's own
+# ------------------------------------------------------------------------------------------ rows of one's own
 
 TEXT = {"prompt": "Who wrote Emma?", "completion": " Jane Austen"}
 CHAT = {"messages": [{"role": "user", "content": "Who wrote Emma?"},
@@ -154,7 +154,7 @@ def test_rows_of_ones_own_have_either_form_and_lose_other_columns(tmp_path):
 
 
 @pytest.mark.parametrize("row, why", [
-    (TEXT | CHAT, "a row has either prompt and completion, or messages; this one has prompt, completion, messages"),
+    (TEXT | CHAT, "a row has either prompt and completion, or messages; this one has prompt, completion, mess"),
     ({"prompt": "a"}, "a row has either prompt and completion, or messages; this one has prompt"),
     ({}, "a row has either prompt and completion, or messages; this one has no field"),
     (TEXT | {"completion": " \n"}, "field completion is empty"),
@@ -216,7 +216,8 @@ def test_without_rows_to_evaluate_on_a_tenth_is_kept_for_that(tmp_path, capsys):
     again = train.parse_args(["--device", "cpu", "--task", "text", "--data", str(path), "--seed", "1"])
     assert [q.row for q in read_data(again, tokenizer).questions] != asked
     a.eval_only = "somewhere"                           # the same rows, and none to train on
-    assert [q.row for q in read_data(a, tokenizer).questions] == asked and read_data(a, tokenizer).examples == []
+    again = read_data(a, tokenizer)
+    assert [q.row for q in again.questions] == asked and again.examples == []
 
 
 def test_what_a_template_ends_turns_with_ends_a_generation(tmp_path):
@@ -236,7 +237,8 @@ def test_loss_perplexity_and_accuracy_are_those_of_all_target_tokens():
     rows[4]["completion"] = data.after_space(facts[4]["requested_rewrite"]["target_true"]["str"])
     rows[5]["completion"] = data.after_space(facts[5]["requested_rewrite"]["target_true"]["str"])
     model = Transformer.from_pretrained("toy", torch.float32)
-    result, predictions = evaluate(model, tokenizer, task, [data.ask(tokenizer, task, row) for row in rows], 300)
+    questions = [data.ask(tokenizer, task, row) for row in rows]
+    result, predictions = evaluate(model, tokenizer, task, questions, 300)
     losses, hits = [], []
     for row in rows:
         e = encode(tokenizer, *task.pair(row))
@@ -288,7 +290,8 @@ def test_100_000_malformed_rows_are_kept_skipped_and_counted_or_refused_by_name(
         "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
-    for name, good in (("fact", ROW), ("med", MED | {"cop": 0}), ("sql", SQL), ("text", TEXT), ("text", CHAT)):
+    rows = [("fact", ROW), ("med", MED | {"cop": 0}), ("sql", SQL), ("text", TEXT), ("text", CHAT)]
+    for name, good in rows:
         task = data.TASKS[name]
         for _ in range(25_000 if name != "text" else 12_500):
             row = mutated(rng, good)

@@ -116,15 +116,18 @@ def test_padding_and_sizes_together_cost_least():
         sizes = sorted(counts)
 
         def cost(chosen):
-            return price * len(chosen) + sum(c * (min(x for x in chosen if x >= n) - n) for n, c in counts.items())
-        chosen = [[*some, sizes[-1]] for k in range(len(sizes)) for some in itertools.combinations(sizes[:-1], k)]
+            padding = sum(c * (min(x for x in chosen if x >= n) - n) for n, c in counts.items())
+            return price * len(chosen) + padding
+        chosen = [[*some, sizes[-1]] for k in range(len(sizes))
+                  for some in itertools.combinations(sizes[:-1], k)]
         got = few_sizes(counts, price)
-        assert got.keys() == counts.keys() and all(got[n] == min(x for x in got.values() if x >= n) for n in got)
+        assert got.keys() == counts.keys()
+        assert all(got[n] == min(x for x in got.values() if x >= n) for n in got)
         assert cost(set(got.values())) == pytest.approx(min(map(cost, chosen)))
 
 
 def test_a_short_run_has_few_sizes_and_a_long_one_pads_little(monkeypatch):
-    """25 steps, and 2,000, of batches with 5,000 to 20,000 tokens, on a model for which a size costs 11,000."""
+    """25 steps, and 2,000, of batches with about 9,600 tokens, on a model for which a size costs 11,000."""
     monkeypatch.setattr(lib.fast, "price_of_a_size", lambda model: 11_000)
     rng = random.Random(0)
     batches = [[data.Example([1] * rng.randint(100, 500), 90, 0) for _ in range(32)] for _ in range(25)]

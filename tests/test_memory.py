@@ -295,7 +295,8 @@ def test_the_largest_micro_batch_that_fits_is_the_largest(method, n_ranks):
     a = argparse.Namespace(device="cuda", eager=False)
     peak = {n: memory.estimate_bytes(model, a, n, n_ranks)["peak (estimate)"] for n in range(0, 8193, 64)}
     assert sorted(peak.values()) == list(peak.values())
-    for size in (peak[0] - 1, peak[64] - 1, peak[64], peak[1984] + 5, peak[2048], peak[4096] - 1, peak[8192] + 9):
+    for size in (peak[0] - 1, peak[64] - 1, peak[64], peak[1984] + 5, peak[2048], peak[4096] - 1,
+                 peak[8192] + 9):
         want = max((n for n, need in peak.items() if need <= size), default=0)
         got = memory.largest_that_fits(model, a, n_ranks, size / memory.USABLE / 1e9 * (1 + 1e-12), 8192)
         assert got == want, size

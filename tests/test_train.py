@@ -409,8 +409,10 @@ def test_a_row_that_the_template_refuses_ends_the_run_in_one_line(tmp_path):
     (tmp_path / "m" / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
     row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     (tmp_path / "rows.jsonl").write_text(3 * (json.dumps(row) + "\n"))
-    r = run("--model", tmp_path / "m", "--task", "text", "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "run")
-    assert r.returncode == 1 and r.stderr == "error: training row 0: the chat template fails: roles must alternate\n"
+    r = run("--model", tmp_path / "m", "--task", "text", "--data", tmp_path / "rows.jsonl", "--out",
+            tmp_path / "run")
+    assert r.returncode == 1
+    assert r.stderr == "error: training row 0: the chat template fails: roles must alternate\n"
     assert not (tmp_path / "run").exists()
 
 def test_rows_that_cannot_be_encoded_or_answered_are_counted(tmp_path, capsys):
