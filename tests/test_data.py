@@ -695,14 +695,16 @@ def test_every_epoch_is_a_new_permutation_of_all_examples():
     assert batch_of(0, list(range(10)), other) != batch_of(0, list(range(10)), a)
 
 
-def test_padding_counts_for_nothing():
+@pytest.mark.parametrize("longest", [100, 20])
+def test_padding_counts_for_nothing(longest):
     tokenizer = Tokenizer.from_file(TOY)
     rows, _ = load_rows("fact", "train", "toy", limit=5)
     examples = [encode(tokenizer, *data.fact_pair(r), row=i) for i, r in enumerate(rows)]
     model = Transformer.from_pretrained("toy", torch.float32)
     want = model.loss(*to_device(examples, "cpu"))
-    got = model.loss(*to_device(examples, "cpu", (128, 9, 40, 100)))
-    ids, layout, where, labels = to_device(examples, "cpu", (128, 9, 40, 100))
+    got = model.loss(*to_device(examples, "cpu", (128, 9, 40, longest)))
+    ids, layout, where, labels = to_device(examples, "cpu", (128, 9, 40, longest))
+    assert max(len(e.ids) for e in examples) < 20 and layout.cu_seqlens.diff().max() <= longest
     assert len(ids) == 128 and len(layout.cu_seqlens) == 10 and len(where) == len(labels) == 40
     gradients = []
     for loss in (want, got):

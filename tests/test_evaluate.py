@@ -25,7 +25,7 @@ def test_continuations_do_not_depend_on_how_they_are_batched():
     alone = [model.generate([p], 24, tokenizer.eos_ids)[0] for p in prompts]
     assert continue_all(model, prompts, 24, tokenizer.eos_ids, 10 ** 6) == alone
     batches, generate = [], model.generate
-    model.generate = lambda ps, *args: batches.append([len(p) for p in ps]) or generate(ps, *args)
+    model.generate = lambda ps, *args, bar: batches.append([len(p) for p in ps]) or generate(ps, *args)
     assert continue_all(model, prompts, 24, tokenizer.eos_ids, 600) == alone
     assert sum(batches, []) == sorted(map(len, prompts), reverse=True) and len(batches) > 3
     assert all(len(b) * (b[0] + 24) <= 600 for b in batches if len(b) > 1)
