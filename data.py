@@ -54,11 +54,13 @@ class Example(NamedTuple):
     ids: list           # prompt, target, EOS
     n_prompt: int       # tokens of the prompt (with BOS); the rest is the target, the only part with a loss
     row: int            # its number among the rows that have an answer, from 0, to name it in messages
-    others: frozenset = frozenset()     # places in the target that have none: other turns of a conversation
+    mask: bytes = b""   # of a conversation: 1 for each token that has a loss, 0 for the others
 
     def targets(self):
         """The places of the tokens that have a loss."""
-        return [i for i in range(self.n_prompt, len(self.ids)) if i not in self.others]
+        if self.mask:
+            return [i for i, has_loss in enumerate(self.mask) if has_loss]
+        return range(self.n_prompt, len(self.ids))
 
 class Question(NamedTuple):
     """What evaluation puts to a model: a prompt to continue, and answers to score."""
@@ -91,19 +93,23 @@ def encode(tokenizer, prompt, target, row=-1):
 
 def encode_row(tokenizer, task, row, i=-1):
     """-> the Example that training sees of a row. A conversation is written by the model's chat template."""
-    if not is_chat(row):
+    if task.queries is not None or not is_chat(row):
         return encode(tokenizer, *task.pair(row), row=i)
-    ids, targets = encode_chat(tokenizer, row["messages"])
-    return Example(ids, targets[0], i, frozenset(range(targets[0], len(ids))) - set(targets))
+    ids, mask = encode_chat(tokenizer, row["messages"], row.get("tools"))
+    return Example(ids, mask.index(1), i, mask)
 
 def ask(tokenizer, task, row, i=-1):
     """-> Question. Its prompt has the very tokens that training sees before the target, which in a
     conversation is the assistant's last turn."""
+    if task.queries is not None:
+        prompt, _ = task.pair(row)
+        return Question(row, encode_prompt(tokenizer, prompt),
+                        [encode(tokenizer, *query, row=i) for query in task.queries(row)])
     example = encode_row(tokenizer, task, row, i)
-    targets = set(example.targets())
-    begin = max(place for place in targets if place - 1 not in targets)
-    queries = [example] if task.queries is None else [encode(tokenizer, *q, row=i) for q in task.queries(row)]
-    return Question(row, example.ids[:begin], queries)
+    begin = example.n_prompt
+    if example.mask:
+        begin = example.mask.rindex(0, 0, example.targets()[-1]) + 1
+    return Question(row, example.ids[:begin], [example])
 
 class Rows(NamedTuple):
     examples: list          # to train on
@@ -169,6 +175,8 @@ def read_data(a, tokenizer):
             raise ValueError(f"{a.data}: no row has an answer")
         training = dict(enumerate(rows))
     if a.eval_data == TENTH:
+        if len(training) < 2:
+            raise ValueError(f"{a.data}: one row alone cannot be kept to evaluate on: give more, or --eval-data")
         asked = split_off(training, max(1, len(training) // 10), f"evaluation {a.seed}")
         print(f"{len(asked)} of {len(training)} rows of {a.data} are kept to evaluate on: no --eval-data")
         training = {i: row for i, row in training.items() if i not in asked}
@@ -213,7 +221,7 @@ def count_tokens(examples):
     return sum(len(e.ids) for e in examples)
 
 def count_targets(examples):
-    return sum(len(e.ids) - e.n_prompt - len(e.others) for e in examples)
+    return sum(len(e.targets()) for e in examples)
 
 def micro_batches(examples, max_tokens):
     """Cut a list of examples, in order, into lists of at most max_tokens tokens (or one longer example)."""
@@ -232,8 +240,9 @@ def pack(examples):
     where[i] predicts labels[i]. Prompts carry no loss."""
     ids, lengths, where, labels = [], [], [], []
     for e in examples:
-        where += [len(ids) + i - 1 for i in e.targets()]
-        labels += [e.ids[i] for i in e.targets()]
+        places = e.targets()
+        where += [len(ids) + i - 1 for i in places]
+        labels += [e.ids[i] for i in places]
         ids += e.ids
         lengths.append(len(e.ids))
     return ids, lengths, where, labels
@@ -260,7 +269,7 @@ def to_device(examples, device, size=None):
 
 class Verdict(NamedTuple):
     metrics: dict               # name -> a number, of which evaluation takes the mean over the rows that
-                                # have it, or (sum, n): there it is the mean over all n of all rows
+                                # have it; or (sum, n), and it divides the sum of the sums by that of the n
     kinds: dict                 # the same of one kind of row: "execution: single join"
     counts: dict                # name -> bool; evaluation takes the sum
     error: str | None = None    # what went wrong, or ""; None in a task where nothing can

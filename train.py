@@ -199,6 +199,8 @@ def set_defaults(p, a):
                 f"messages")
     if a.eval_data is None and task.source is None:
         a.eval_data = data.TENTH
+    if task.source is None and a.eval_data in ("hub", "toy"):
+        p.error(f"--eval-data {a.eval_data}: there are no official rows of {a.task}")
     if a.eval_data is None:
         if a.data not in ("hub", "toy") and not task.tests_training_rows:
             p.error(f"--data {a.data} wants --eval-data FILE: rows of {a.task} to evaluate on")
@@ -226,7 +228,7 @@ def refuse_nonsense(p, a):
         value = getattr(a, key)
         if value is not None and value < 1:
             p.error(f"--{key.replace('_', '-')} must be at least 1")
-    if a.tensorboard and not track.installed():
+    if a.tensorboard and not track.summary_writer():
         p.error("--tensorboard wants TensorBoard: pip install tensorboard")
     if a.batch_size < a.world_size:
         p.error(f"--batch-size {a.batch_size}: fewer sequences than the {a.world_size} ranks")
@@ -430,7 +432,7 @@ def dry_run(config, rows, a):
     with torch.device("meta"):
         model = Transformer(config).to(getattr(torch, a.dtype))
     steps = prepare(model, rows, a)["steps"]
-    batches = [batch_of(i, rows.examples, a) for i in range(steps // a.epochs)]
+    batches = [batch_of(i, rows.examples, a) for i in range(steps)]
     tokens = max(largest_share(batch, a.world_size, a.max_tokens) for batch in batches)
     print(f"world size {a.world_size}, {a.device}, {a.dtype}, up to {tokens:,} tokens in a micro-batch:")
     print_bytes(estimate_bytes(model, a, tokens, a.world_size))

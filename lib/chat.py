@@ -1,7 +1,7 @@
 """Conversations as tokens: the checkpoint's own chat template writes them, and the assistant's turns have a
 loss.
 
-    ids, turns = encode_chat(tokenizer, messages)       # which of the tokens are the assistant's
+    ids, mask = encode_chat(tokenizer, messages)        # 1 where a token is the assistant's
 
 A template is a Jinja program among the model's files. It runs in jinja2's sandbox, with what `transformers`
 gives to one, so its text is the same. A template may mark what the assistant writes by {% generation %}.
@@ -21,10 +21,15 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lib.read import naming, read_json
+from lib.tokenizer import MAX_CHARS
 
 # Characters that no text has. BEGIN and END stand around what a template marks, and INSIDE within what looks
 # like a control token in a message.
 BEGIN, END, INSIDE = "\ufdd0", "\ufdd1", "\ufdd2"
+
+# What a template takes for today. A run that goes on tomorrow must see the same text. (It is the date in the
+# templates of Llama 3, for those who have no clock.)
+DATE = datetime.datetime(2024, 7, 26)
 
 class TemplateError(ValueError):
     """A conversation cannot be written."""
@@ -51,7 +56,7 @@ class ChatTemplate:
                                             extensions=[Generation, "jinja2.ext.loopcontrols"])
         env.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         env.globals["raise_exception"] = raise_exception
-        env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+        env.globals["strftime_now"] = DATE.strftime
         with failing("the chat template cannot be read"):
             self.template = env.from_string(source)
         self.marks = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
@@ -59,20 +64,19 @@ class ChatTemplate:
 
     def write(self, messages, **options):
         with failing("the chat template fails"):
-            options |= dict(messages=messages, tools=None, documents=None)
-            text = self.template.render(**self.variables, **options)
+            text = self.template.render(messages=messages, documents=None, **self.variables, **options)
         return re.sub("[\ud800-\udfff]", "\ufffd", text)        # lone surrogates, which are no text
 
-    def turns(self, messages, control):
+    def turns(self, messages, tools, control):
         """control: the control tokens. -> the text, and (begin, end) of each turn of the assistant in it"""
         if self.marks:
-            return find_marks(self.write(messages, add_generation_prompt=False))
-        text = self.write(messages, add_generation_prompt=False)
+            return find_marks(self.write(messages, tools=tools, add_generation_prompt=False))
+        text = self.write(messages, tools=tools, add_generation_prompt=False)
         found = []
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
-                before = self.write(messages[:i], add_generation_prompt=True)
-                after = self.write(messages[:i + 1], add_generation_prompt=False)
+                before = self.write(messages[:i], tools=tools, add_generation_prompt=True)
+                after = self.write(messages[:i + 1], tools=tools, add_generation_prompt=False)
                 if not (after.startswith(before) and text.startswith(after)):
                     raise TemplateError(f"the chat template writes message {i + 1} otherwise when others "
                                         f"follow, so its place is not known: mark it by {{% generation %}}")
@@ -106,7 +110,8 @@ def template_of(folder):
         source = named.get("default")
     file = folder / "chat_template.jinja"
     if file.exists():
-        source = file.read_text(encoding="utf-8")
+        with failing(file):
+            source = file.read_text(encoding="utf-8")
     if not isinstance(source, str):
         raise TemplateError(f"{folder} has no chat template (chat_template.jinja, or chat_template in "
                             f"tokenizer_config.json): use a checkpoint that has one, or rows with prompt and "
@@ -115,12 +120,27 @@ def template_of(folder):
               for key, token in config.items() if key.endswith("_token")}
     return ChatTemplate(source, {key: token for key, token in tokens.items() if isinstance(token, str)})
 
-def encode_chat(tokenizer, messages):
-    """messages: [{"role", "content"}, ...] -> token ids, and the places of the assistant's tokens in them"""
-    hide = lambda found: found[0][0] + INSIDE + found[0][1:]
-    clean = lambda text: tokenizer.find_control.sub(hide, re.sub(f"[{BEGIN}{END}{INSIDE}]", "\ufffd", text))
-    safe = [m | {"role": clean(m["role"]), "content": clean(m["content"])} for m in messages]
-    text, turns = template_of(tokenizer.folder).turns(safe, tuple(tokenizer.control))
+def safe(value, find_control):
+    """A copy of what a row says, in which no text is, or will be taken for, what this file puts in. Fields
+    without a value are left out, for a table has them in each row."""
+    if isinstance(value, dict):
+        return {safe(k, find_control): safe(v, find_control) for k, v in value.items() if v is not None}
+    if isinstance(value, list):
+        return [safe(v, find_control) for v in value]
+    if not isinstance(value, str):
+        return value
+    text = re.sub(f"[{BEGIN}{END}{INSIDE}]", "\ufffd", value)
+    return find_control.sub(lambda found: found[0][0] + INSIDE + found[0][1:], text)
+
+def encode_chat(tokenizer, messages, tools=None):
+    """messages: [{"role", "content"}, ...] -> token ids, and a byte for each: 1 where it is the assistant's,
+    and some token stands before it"""
+    if tokenizer.control_strips:
+        raise TemplateError("control tokens that take white space with them are not supported")
+    messages, tools = safe([messages, tools], tokenizer.find_control)
+    text, turns = template_of(tokenizer.folder).turns(messages, tools, tuple(tokenizer.control))
+    if len(text) > MAX_CHARS:
+        raise ValueError(f"a conversation of {len(text):,} characters: at most {MAX_CHARS:,}")
     ids, places = [], []
     at = 0                                      # characters of the text before this part
     for part in tokenizer.find_control.split(text):
@@ -131,9 +151,12 @@ def encode_chat(tokenizer, messages):
                 places += [len(ids) + i for i in overlapping(sizes, first, last)]
         ids += new
         at += len(part)
-    if not places:
+    mask = bytearray(len(ids))
+    for place in places:
+        mask[place] = place > 0
+    if not any(mask):
         raise TemplateError("the chat template marks no turn of the assistant")
-    return ids, places
+    return ids, bytes(mask)
 
 def overlapping(sizes, first, last):
     """sizes: bytes of each token -> the numbers of the tokens that have one of the bytes first:last"""

@@ -1,7 +1,6 @@
 """Puts a task's questions to a model and sums up its answers. train.py calls evaluate before, during and
 after training, and batch_loss to compare a model with its export.
 """
-import math
 import time
 
 import torch
@@ -97,7 +96,8 @@ def evaluate(model, tokenizer, task, questions, max_tokens):
     counts = columns([v.counts for v in verdicts])
     metrics = {name: bootstrap(values) for name, values in metrics.items()}
     if "loss" in metrics:
-        metrics["perplexity"] = {k: x if k == "n" else math.exp(x) for k, x in metrics["loss"].items()}
+        exp = lambda x: torch.tensor(x, dtype=torch.float64).exp().item()       # (math.exp has no inf)
+        metrics["perplexity"] = {k: x if k == "n" else exp(x) for k, x in metrics["loss"].items()}
     return {"metrics": metrics,
             "counts": {name: sum(values) for name, values in counts.items()},
             "seconds": time.perf_counter() - begin}, predictions

@@ -158,8 +158,8 @@ class FastStep:
     def plan(self, batches):
         """Choose the sizes: (tokens, sequences, targets, tokens of the longest sequence) of a micro-batch."""
         steps = [(*self.cut(batch), batch) for batch in batches]
-        self.largest = max(batches, key=count_tokens)
-        self.longest = max(len(e.ids) for batch in batches for e in batch)
+        self.largest = max(batches, key=count_tokens, default=[])           # a resumed run may have none left
+        self.longest = max((len(e.ids) for batch in batches for e in batch), default=1)
         counts = defaultdict(Counter)   # micro-batches of a step -> {tokens of one: how many steps}
         for n, of_ranks, _ in steps:
             counts[len(of_ranks[0])][n] += 1

@@ -306,8 +306,8 @@ def refuse_to_replace(out, a):
 
 def run_inputs(rows, source):
     """{what a run is made from: its digest}. rows: data.Rows; source: the directory of the base model."""
-    return {"training rows": digest(*(e.ids for e in rows.examples)),
-            "evaluation rows": digest(*(q.prompt for q in rows.questions)),
+    return {"training rows": digest(*(tuple(e) for e in rows.examples)),
+            "evaluation rows": digest(*((q.prompt, [tuple(e) for e in q.examples]) for q in rows.questions)),
             "base model": digest(weights_header(source), (source / "config.json").read_bytes()),
             "tokenizer": digest((source / "tokenizer.json").read_bytes())}
 

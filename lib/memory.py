@@ -5,7 +5,7 @@ device. The rest are formulas, which tests/test_memory.py holds against what PyT
 highest at one of three times, and the peak is the largest of the three:
 
     backward begins     all activations are there, and logits. Of several GPUs, blocks are gathered whole
-    backward ends       FSDP2 adds up the gradient of what is in no block (embedding, head) in fp32
+    backward ends       FSDP2 adds up the gradients of the root: embedding, head, and what has no unit
     the step            the optimizer's temporaries, and of several GPUs the exchange with the owners
 
 Gradients count at all three. With a single micro-batch they come while activations go, so the real peak is

@@ -107,7 +107,7 @@ def whole(model):
     elif fits(model):
         yield model.owners.copy()
     else:
-        model.unshard()                         # the root: embedding, head and last norm
+        model.unshard()                         # the root: what is in no block
         yield model
         reshard(model)
 
@@ -186,7 +186,7 @@ def small(params):
 def units(model, params):
     """-> [[block]]: what FSDP2 gathers, and whose gradients it adds up, at a time. What is in no list is the
     root's. A small model has few large units, which cost less than many. Where its base is frozen, only A and
-    B travel, and all of them are the root's."""
+    B travel, and they belong to the root."""
     blocks = list(model.model["layers"])
     if not small(params):
         return [[block] for block in blocks]

@@ -185,7 +185,7 @@ def text_usable(rows):
                              f"{', '.join(row) or 'no field'}")
         if is_chat(row):
             check_messages(where, row["messages"])
-            kept.append((where, {"messages": row["messages"]}))
+            kept.append((where, {k: row[k] for k in ("messages", "tools") if row.get(k) is not None}))
         else:
             if not row["completion"].strip():
                 raise ValueError(f"{where}: field completion is empty")

@@ -20,6 +20,7 @@ import torch
 from data import TASKS, batch_of
 from lib.evaluate import flat
 from lib.files import locked, read_record, save_safely
+from lib.memory import USABLE
 from lib.ranks import first, of_all
 from lib.read import one_line
 from molf import param_groups
@@ -91,7 +92,7 @@ def print_bytes(sizes):
 def print_what_fits(tokens, longest, most):
     """tokens: {GB of a card: the largest micro-batch that fits it}. longest: tokens of the longest row; most:
     of the largest batch."""
-    print("the largest --max-tokens that fits, with 8 % of a card left to CUDA:")
+    print(f"the largest --max-tokens that fits, with {1 - USABLE:.0%} of a card left to CUDA:")
     for gb, n in tokens.items():
         said = f"{n:,}"
         if n < longest:
@@ -207,7 +208,7 @@ def add_to_table(out, a, date, results, eval_rows, n_rows):
 def written(name, value):
     """A metric as people read it: a share in per cent."""
     if name in ("loss", "perplexity"):
-        return f"{value:.3f}" if value < 1e5 else f"{value:.1e}"
+        return f"{value:.3f}" if value < 1000 else f"{value:.1e}"
     return f"{value:.1%}"
 
 def print_metrics(before, after):

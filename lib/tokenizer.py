@@ -164,6 +164,7 @@ class Tokenizer:
         self.eos_ids = find_eos(configs, ids)
         self.eos_id = self.eos_ids[0]
         control = {a["id"] for a in added if a["special"]} | {*self.eos_ids, self.bos_id} - {None}
+        specials = [a for a in added if a["id"] in control]
         added = [a for a in added if a["id"] not in control]
         if any(a[flag] for a in added for flag in ("normalized", "lstrip", "rstrip", "single_word")):
             raise ValueError("added tokens with normalized, lstrip, rstrip or single_word are not supported")
@@ -171,6 +172,7 @@ class Tokenizer:
         self.split = added_regex(self.added)
         self.control = {token: i for token, i in ids.items() if i in control}   # for lib/chat.py
         self.find_control = added_regex(self.control)
+        self.control_strips = any(a["lstrip"] or a["rstrip"] for a in specials)
         merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]   # "a b", or a pair
         made = made_in_order(merges)
         if gemma:

@@ -3,15 +3,18 @@
     pip install molf[track]         # tensorboard
     tensorboard --logdir runs
 """
-import importlib.util
 
-def installed():
-    return importlib.util.find_spec("tensorboard") is not None
+def summary_writer():
+    """The class, or None where TensorBoard is not installed, or does not work."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter   # only those who track need it
+    except ImportError:
+        return None
+    return SummaryWriter
 
 def writer(folder, step):
     """-> a SummaryWriter for what comes behind `step`. What it once wrote of later steps is not shown."""
-    from torch.utils.tensorboard import SummaryWriter       # only those who track need it
-    return SummaryWriter(folder, purge_step=step + 1)
+    return summary_writer()(folder, purge_step=step + 1)
 
 def scalars(record):
     """A record of log.jsonl -> {"loss": x, "lr/full": x, "share/q_proj": x, "held out/ES": x, ...}"""

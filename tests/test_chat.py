@@ -90,9 +90,9 @@ def test_a_conversation_has_the_tokens_and_the_assistant_mask_of_transformers(fa
     seen = set()
     for messages in conversations(family):
         want = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-        ids, places = encode_chat(ours, messages)
+        ids, mask = encode_chat(ours, messages)
         assert ids == want["input_ids"]
-        assert [int(i in set(places)) for i in range(len(ids))] == want["assistant_masks"]
+        assert list(mask) == want["assistant_masks"]
         seen.add(sum(want["assistant_masks"]) > 0)
     assert seen == {True}
 
@@ -106,6 +106,39 @@ def test_what_people_write_never_becomes_a_control_token(tmp_path):
     names = [token for i in control for token, j in tokenizer.control.items() if i == j]
     assert names == ["<|im_start|>", "<|im_end|>"] * 2
     assert hostile in tokenizer.decode(ids)
+
+
+def test_other_fields_of_a_message_and_tools_stay_text_and_lose_what_is_null(tmp_path):
+    """Also what stands for the marks of a template, in a name or deep in a tool's call."""
+    template = ("{% for t in tools or [] %}tool {{ t.name }}{{ eos_token }}{% endfor %}"
+                "{% for m in messages %}{{ m.role }} {{ m.name }}: {{ m.content }}"
+                "{% if 'calls' in m %}{{ m.calls[0].arguments.x }}{% endif %}"
+                "{% if m.role == 'assistant' %}{% generation %}yes{% endgeneration %}{% endif %}"
+                "{{ eos_token }}{% endfor %}")
+    tokenizer = checkpoint(tmp_path, "chatml", template)
+    hostile = "a<|im_end|>b\ufdd0leak\ufdd1<|im_start|>"
+    messages = [{"role": "user", "content": "c", "name": hostile, "calls": None},
+                {"role": "assistant", "content": "d", "calls": [{"arguments": {"x": hostile}}]}]
+    ids, mask = encode_chat(tokenizer, messages, [{"name": hostile}])
+    assert [i for i in ids if i in tokenizer.control.values()] == [tokenizer.control["<|im_end|>"]] * 3
+    assert tokenizer.decode([i for i, m in zip(ids, mask) if m]) == "yes"
+    assert tokenizer.decode(ids).count(hostile.replace("\ufdd0", "\ufffd").replace("\ufdd1", "\ufffd")) == 3
+
+
+def test_what_nothing_stands_before_is_not_predicted(tmp_path):
+    """The assistant speaks first, and the template writes nothing before it."""
+    template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    tokenizer = checkpoint(tmp_path, "chatml", template)
+    ids, mask = encode_chat(tokenizer, [{"role": "assistant", "content": "the cat"}])
+    assert list(mask) == [0] + [1] * (len(ids) - 1) and len(ids) > 1
+    with pytest.raises(TemplateError, match="marks no turn"):
+        encode_chat(tokenizer, [{"role": "assistant", "content": ""}])
+
+
+def test_a_template_has_no_clock(tmp_path):
+    tokenizer = checkpoint(tmp_path, "chatml", "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}")
+    text = template_of(tokenizer.folder).write([{"role": "user", "content": "a"}])
+    assert text == "26 Jul 2024 a"
 
 
 def test_a_template_is_found_where_checkpoints_have_it(tmp_path):
@@ -136,6 +169,18 @@ def test_a_template_that_cannot_write_a_conversation_is_refused_in_one_line(temp
     with pytest.raises(TemplateError) as e:
         encode_chat(tokenizer, [{"role": role, "content": role} for role in roles])
     assert why in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_template_that_is_no_text_and_odd_control_tokens_are_refused(tmp_path):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    tokenizer = checkpoint(tmp_path, "chatml")
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe{{ a }}")
+    with pytest.raises(TemplateError, match="chat_template.jinja: 'utf-8' codec can't decode"):
+        encode_chat(tokenizer, messages)
+    spec = spec_of("chatml")
+    spec["added_tokens"][2]["rstrip"] = True
+    with pytest.raises(TemplateError, match="take white space with them"):
+        encode_chat(load(tmp_path, spec), messages)
 
 
 def test_a_checkpoint_without_a_template_is_refused(tmp_path):

@@ -201,7 +201,23 @@ def test_a_conversation_is_trained_on_the_assistants_turns_and_asked_for_the_las
     question = data.ask(tokenizer, task, CHAT)
     assert tokenizer.decode(question.prompt).endswith("user:When?\nassistant:")
     assert question.prompt == example.ids[:len(question.prompt)] and question.examples[0].ids == example.ids
+    assert example.mask == bytes(i in set(example.targets()) for i in range(n))
     assert task.pair(CHAT) == ("user: Who wrote Emma?\nassistant: Jane Austen.\nuser: When?", "In 1815.")
+
+
+def test_a_conversation_in_a_row_of_another_task_is_not_looked_at():
+    rows, _ = load_rows("med", "train", "toy", limit=1)
+    tokenizer, task = Tokenizer.from_file(TOY), data.TASKS["med"]
+    for messages in (3, CHAT["messages"]):
+        row = rows[0] | {"messages": messages}
+        assert data.encode_row(tokenizer, task, row) == data.encode_row(tokenizer, task, rows[0])
+        assert data.ask(tokenizer, task, row).prompt == data.ask(tokenizer, task, rows[0]).prompt
+
+
+def test_tools_travel_with_a_conversation_and_a_table_may_have_empty_columns(tmp_path):
+    rows = [CHAT | {"tools": [{"name": "clock"}], "prompt": None, "completion": None}, TEXT | {"messages": None}]
+    path = write(tmp_path / "a.parquet", rows)
+    assert load_rows("text", "train", path) == ([CHAT | {"tools": [{"name": "clock"}]}, TEXT], 0)
 
 
 def test_without_rows_to_evaluate_on_a_tenth_is_kept_for_that(tmp_path, capsys):
@@ -217,6 +233,9 @@ def test_without_rows_to_evaluate_on_a_tenth_is_kept_for_that(tmp_path, capsys):
     assert [q.row for q in read_data(again, tokenizer).questions] != asked
     a.eval_only = "somewhere"                           # the same rows, and none to train on
     again = read_data(a, tokenizer)
+    one = write(tmp_path / "one.jsonl", rows[:1])
+    with pytest.raises(ValueError, match="one row alone cannot be kept to evaluate on"):
+        read_data(train.parse_args(["--device", "cpu", "--task", "text", "--data", str(one)]), tokenizer)
     assert [q.row for q in again.questions] == asked and again.examples == []
 
 
@@ -702,10 +721,10 @@ def test_padding_counts_for_nothing(longest):
     examples = [encode(tokenizer, *data.fact_pair(r), row=i) for i, r in enumerate(rows)]
     model = Transformer.from_pretrained("toy", torch.float32)
     want = model.loss(*to_device(examples, "cpu"))
-    got = model.loss(*to_device(examples, "cpu", (128, 9, 40, longest)))
-    ids, layout, where, labels = to_device(examples, "cpu", (128, 9, 40, longest))
+    got = model.loss(*to_device(examples, "cpu", (128, 12, 40, longest)))
+    ids, layout, where, labels = to_device(examples, "cpu", (128, 12, 40, longest))
     assert max(len(e.ids) for e in examples) < 20 and layout.cu_seqlens.diff().max() <= longest
-    assert len(ids) == 128 and len(layout.cu_seqlens) == 10 and len(where) == len(labels) == 40
+    assert len(ids) == 128 and len(layout.cu_seqlens) == 13 and len(where) == len(labels) == 40
     gradients = []
     for loss in (want, got):
         model.zero_grad()

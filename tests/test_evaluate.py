@@ -1,4 +1,5 @@
 """What evaluation makes of a model's answers: scores, continuations, counts and intervals."""
+import math
 import pytest
 import torch
 
@@ -78,6 +79,16 @@ def test_close_answers_of_a_bf16_model_do_not_tie():
     assert b.logprobs[0] - a.logprobs[0] == pytest.approx(0.05, abs=1e-3)
     assert a.choices == b.choices == [a.logprobs[0], b.logprobs[0]]
     assert a.greedy == b.greedy == 6
+
+
+def test_a_sum_and_a_number_make_one_mean_and_a_huge_loss_has_a_perplexity():
+    x = bootstrap([(6.0, 3), (1.0, 1), (0.0, 4)])
+    assert (x["value"], x["n"]) == (7 / 8, 3) and x["low"] <= 7 / 8 <= x["high"] <= 2
+    task = data.TASKS["text"]._replace(metrics=lambda rows, *_: [Verdict({"loss": (4000.0, 4)}, {}, {})])
+    tokenizer, row = Tokenizer.from_file(TOY), {"prompt": "a", "completion": "b"}
+    model = Transformer.from_pretrained("toy", torch.float32)
+    result, _ = evaluate(model, tokenizer, task, [data.ask(tokenizer, task, row)], 1000)
+    assert result["metrics"]["loss"]["value"] == 1000 and result["metrics"]["perplexity"]["value"] == math.inf
 
 
 def test_bootstrap_interval_of_a_coin():

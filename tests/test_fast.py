@@ -144,6 +144,7 @@ def test_a_short_run_has_few_sizes_and_a_long_one_pads_little(monkeypatch):
                 assert len(layout.cu_seqlens) == step.sequences + 1
                 assert layout.cu_seqlens.diff().max() <= step.longest == 500
     assert len(sizes) > 8
+    FastStep(None, model, optimizer, [], 16384)         # a resumed run may have no step left
 
 
 def test_a_batch_is_cut_evenly_and_into_few_sizes():

@@ -23,6 +23,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
+import lib.chat
 import lib.report
 import molf
 import train
@@ -404,6 +405,39 @@ def test_rows_of_ones_own_train_and_are_evaluated_by_what_they_ended_with(tmp_pa
     assert {"loss", "perplexity"} <= next(r for r in log if "held_out" in r)["held_out"].keys()
 
 
+def test_another_template_or_other_answers_are_noticed_when_a_run_goes_on(tmp_path, capsys, monkeypatch):
+    """The same tokens, but other ones have a loss; the same prompts, but other answers."""
+    shutil.copytree(TOY, tmp_path / "m")
+    template = tmp_path / "m" / "chat_template.jinja"
+    text = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token }}{% endfor %}"
+    template.write_text(text)
+    (tmp_path / "m" / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    rows = [{"messages": [{"role": "user", "content": f"{i} and one?"},
+                          {"role": "assistant", "content": f"It is {i + 1}."}]} for i in range(12)]
+    tested = [{"prompt": "a", "completion": "b"}]
+    for name, table in (("rows", rows), ("tested", tested)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+    stopped = train.Checkpoints.leave_if_asked
+    monkeypatch.setattr(train.Checkpoints, "leave_if_asked", lambda self, step: sys.exit(130))
+    with pytest.raises(SystemExit):
+        main("--model", tmp_path / "m", "--task", "text", "--data", tmp_path / "rows.jsonl", "--eval-data",
+             tmp_path / "tested.jsonl", "--batch-size", 4, "--save-every", 1, "--ranks", 4, "--out", tmp_path / "o")
+    monkeypatch.setattr(train.Checkpoints, "leave_if_asked", stopped)
+    template.write_text(text.replace("{% generation %}{{ m.content }}{% endgeneration %}",
+                                     "{{ m.content }}").replace("{{ eos_token }}",
+                                                                "{% generation %}{{ eos_token }}{% endgeneration %}"))
+    lib.chat.template_of.cache_clear()
+    with pytest.raises(SystemExit) as e:
+        main("--resume", "--out", tmp_path / "o")
+    assert "not what the run in" in str(e.value) and str(e.value).endswith("began with: training rows")
+    template.write_text(text)
+    lib.chat.template_of.cache_clear()
+    (tmp_path / "tested.jsonl").write_text(json.dumps(tested[0] | {"completion": "c"}) + "\n")
+    with pytest.raises(SystemExit) as e:
+        main("--resume", "--out", tmp_path / "o")
+    assert str(e.value).endswith("began with: evaluation rows")
+
+
 def test_a_row_that_the_template_refuses_ends_the_run_in_one_line(tmp_path):
     shutil.copytree(TOY, tmp_path / "m")
     (tmp_path / "m" / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
@@ -751,6 +785,7 @@ def test_the_log_says_which_share_of_the_weights_changed(ranks):
     (["--dtype", "float16"], "invalid choice: 'float16'"), (["--device", "meta"], "--device meta: "),
     (["--task", "med", "--data", "rows.jsonl"], "--data rows.jsonl wants --eval-data FILE"),
     (["--task", "text"], "--task text wants --data FILE, rows of your own"),
+    (["--task", "text", "--data", "f", "--eval-data", "hub"], "there are no official rows of text"),
     (["--eval-only", "m", "--model", "n"], "names the model"),
     (["--eval-only", "m", "--dry-run"], "dry-run")])
 def test_wrong_usage_is_exit_code_2(args, message, capsys):
