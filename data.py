@@ -129,7 +129,7 @@ def fitting(what, numbered, make, length, a, skipped):
         try:
             new = make(i, row)
         except TemplateError as e:
-            raise ValueError(f"{what} row {i}: {e}") from e
+            raise ValueError(f"{what} row {i} (the first is 0): {e}") from e
         except ValueError as e:         # SmolLM2's vocabulary, for one, lacks some bytes
             if why_unknown not in skipped:
                 print(f"{what} row {i} is skipped: {e}")

@@ -436,6 +436,9 @@ def dry_run(config, rows, a):
     tokens = max(largest_share(batch, a.world_size, a.max_tokens) for batch in batches)
     print(f"world size {a.world_size}, {a.device}, {a.dtype}, up to {tokens:,} tokens in a micro-batch:")
     print_bytes(estimate_bytes(model, a, tokens, a.world_size))
+    if not a.device.startswith("cuda"):
+        print("what fits a GPU: --device cuda says it, also where there is none")
+        return
     most = max(largest_share(batch, a.world_size) for batch in batches)
     print_what_fits({gb: largest_that_fits(model, a, a.world_size, gb, most) for gb in CARDS},
                     max(len(e.ids) for e in rows.examples), most)
@@ -465,7 +468,7 @@ def prepare_to_train(model, rows, a):
 def run(model, tokenizer, rows, inputs, a, out):
     """Evaluate, train, evaluate, export: all that a run leaves is written here, into its directory `out`."""
     task, first_result = data.TASKS[a.task], out / "before.json"
-    print(f"{a.model}, task {a.task}: {len(rows.questions)} rows to evaluate on, {a.eval_data}; eos "
+    print(f"{a.model}, task {a.task}, to be evaluated on {a.eval_data} ({len(rows.questions)}); eos "
           f"{tokenizer.eos_ids}, bos {tokenizer.bos_id}")
     record = dict(flags=vars(a), inputs=inputs, date=begun(out, a))
     ready = None

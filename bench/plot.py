@@ -3,8 +3,8 @@
     python bench/plot.py runs/molf --out pictures                       # shares.png, map.png, runs.png
     python bench/plot.py runs/molf runs/molf-e runs/fft --out pictures
 
-Of several runs each has its own shares-RUN.png and map-RUN.png, and runs.png shows all. A run with one expert
-a module (fft, lora) has no routing, so it is in runs.png only, beside others.
+Of several runs each has its own shares-RUN.png and map-RUN.png, and runs.png shows all. Runs with one expert a
+module (fft, lora) have no routing, so they are in runs.png only.
 """
 import argparse
 import re
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from data import TASKS  # noqa: E402
 from lib.files import read_record, write_safely  # noqa: E402
 from lib.read import naming, parse_json, read_json, read_rows  # noqa: E402
-from lib.report import escape_unprintable, quiet_ends, stop  # noqa: E402
+from lib.report import NO_SHARES, escape_unprintable, quiet_ends, stop  # noqa: E402
 from model import TARGETS  # noqa: E402
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, without the yellow, which is pale on white.
@@ -155,16 +155,16 @@ def draw_runs(runs):
         axes[0].plot(run.loss[window - 1:, 0], running_mean(run.loss[:, 1], window), markevery=1 + n // 12,
                      **look(i))
         for name, points in run.metrics.items():
-            axes[1 + names.index(name)].plot(points[:, 0], 100 * points[:, 1],
+            axes[1 + names.index(name)].plot(points[:, 0], points[:, 1] * (1 if name in NO_SHARES else 100),
                                              fillstyle="none" if run.final else "full", **look(i))
     for ax, name in zip(axes[1:], names):
-        ax.set_ylabel(fill(f"{name} (%)", 14))
+        ax.set_ylabel(fill(f"held-out {name}" if name in NO_SHARES else f"{name} (%)", 14))
     values = torch.cat([run.loss[:, 1] for run in runs])
     if 0 < 10 * values.min() < values.max():
         axes[0].set_yscale("log")
         axes[0].minorticks_off()
     smoothed = any(len(run.loss) >= 100 for run in runs)
-    axes[0].set_ylabel("loss,\nmean of 2 %\nof the log" if smoothed else "loss")
+    axes[0].set_ylabel("training loss,\nmean of 2 %\nof the log" if smoothed else "training loss")
     axes[-1].set_xlabel("training step")
     figure.align_ylabels()
     markers = {False: "full markers: held-out rows", True: "hollow markers: all rows, after training"}
@@ -174,10 +174,11 @@ def draw_runs(runs):
     return figure
 
 def pictures(runs):
-    """[Run] -> {file name: Figure}. ValueError if none has routing, or if some could not be told apart."""
+    """[Run] -> {file name: Figure}. ValueError for one run without routing, or if some could not be told
+    apart."""
     names = [run.name for run in runs]
     routed = [run for run in runs if run.shares is not None]
-    if not routed:
+    if not routed and len(runs) == 1:
         raise ValueError(f"{', '.join(names)}: one expert a module, so there is no routing to show")
     if len(set(names)) < len(names) or len(names) > 28:
         raise ValueError("at most 28 runs, with different names, can be told apart: " + ", ".join(names))

@@ -28,6 +28,8 @@ from molf import param_groups
 CSV_COLUMNS = ("date run task model data eval_data method rest score route top_k ranks alpha lr lora_lr "
                "epochs batch_size seed rows train_seconds eval_rows eval_seconds").split()
 
+NO_SHARES = "loss", "perplexity"        # the other metrics are from 0 to 1
+
 def csv_columns():
     metrics = dict.fromkeys(name for task in TASKS.values() for name in task.report)
     return CSV_COLUMNS + list(metrics)
@@ -207,7 +209,7 @@ def add_to_table(out, a, date, results, eval_rows, n_rows):
 
 def written(name, value):
     """A metric as people read it: a share in per cent."""
-    if name in ("loss", "perplexity"):
+    if name in NO_SHARES:
         return f"{value:.3f}" if value < 1000 else f"{value:.1e}"
     return f"{value:.1%}"
 

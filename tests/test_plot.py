@@ -136,7 +136,7 @@ def test_all_runs_are_in_one_figure(tmp_path):
     loss, *others = figure.axes
     points = [(list(line.get_xdata()), list(line.get_ydata())) for line in loss.lines]
     assert points == [([1, 2, 3, 4], [4, 3, 2, 1]), ([1, 2], [2, 0.125])]
-    assert loss.get_ylabel() == "loss" and loss.get_yscale() == "log"
+    assert loss.get_ylabel() == "training loss" and loss.get_yscale() == "log"
     assert [ax.get_ylabel() for ax in others] == ["ES (%)", "PS (%)", "NS (%)", "accuracy (%)"]
     for ax in others:
         points = [(list(line.get_xdata()), list(line.get_ydata())) for line in ax.lines]
@@ -147,6 +147,19 @@ def test_all_runs_are_in_one_figure(tmp_path):
     title = "full markers: held-out rows\nhollow markers: all rows, after training"
     assert legend.get_title().get_text() == title
     assert [line.get_color() for line in legend.get_lines()] == [line.get_color() for line in loss.lines]
+
+
+def test_loss_and_perplexity_are_no_shares(tmp_path):
+    run = plot.read_run(make_run(tmp_path / "mine", winners(3), held_out=[(2, 0.5)]))
+    run.metrics = {name: torch.tensor([[2.0, 0.5]]) for name in ("loss", "perplexity", "token accuracy")}
+    _, *others = plot.draw_runs([run]).axes
+    assert [ax.get_ylabel() for ax in others] == ["held-out loss", "held-out\nperplexity", "token accuracy\n(%)"]
+    assert [ax.lines[0].get_ydata().tolist() for ax in others] == [[0.5], [0.5], [50.0]]
+
+
+def test_several_runs_without_routing_are_in_one_figure_alone(tmp_path):
+    runs = [plot.read_run(make_run(tmp_path / name, winners()[..., :1], method="lora")) for name in ("a", "b")]
+    assert plot.pictures(runs).keys() == {"runs.png"}
 
 
 def test_the_loss_of_a_long_log_is_smoothed_and_says_so(tmp_path):

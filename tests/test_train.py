@@ -446,7 +446,7 @@ def test_a_row_that_the_template_refuses_ends_the_run_in_one_line(tmp_path):
     r = run("--model", tmp_path / "m", "--task", "text", "--data", tmp_path / "rows.jsonl", "--out",
             tmp_path / "run")
     assert r.returncode == 1
-    assert r.stderr == "error: training row 0: the chat template fails: roles must alternate\n"
+    assert r.stderr == "error: training row 0 (the first is 0): the chat template fails: roles must alternate\n"
     assert not (tmp_path / "run").exists()
 
 def test_rows_that_cannot_be_encoded_or_answered_are_counted(tmp_path, capsys):
