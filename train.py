@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 
 import data
 import molf
-from data import Tokenizer, batch_of, count_targets, count_tokens, read_data
+from data import Tokenizer, batch_of, count_targets, count_tokens
 from lib import parallel, ranks, track
 from lib.checkpoints import Checkpoints, last_checkpoint
 from lib.evaluate import batch_loss, evaluate, flat
@@ -42,6 +42,7 @@ from lib.report import (begun, count_parameters, discard_stdout, escape_unprinta
                         peak_memory, print_bytes, print_results, print_summary, print_what_fits, provenance,
                         quiet_ends, read_first_result, read_table, sample, save_results, share_changed, stop,
                         stop_if_not_finite, stop_if_not_routed, warn_of_guessing, written)
+from lib.rows import TENTH, read_data
 from model import TARGETS, Transformer, add_experts, fold, molf_layers, read_config, unfold
 from molf import ROUTES, SCORES, MoLFAdamW, param_groups
 
@@ -198,7 +199,7 @@ def set_defaults(p, a):
         p.error(f"--task {a.task} wants --data FILE, rows of your own: with prompt and completion, or with "
                 f"messages")
     if a.eval_data is None and task.source is None:
-        a.eval_data = data.TENTH
+        a.eval_data = TENTH
     if task.source is None and a.eval_data in ("hub", "toy"):
         p.error(f"--eval-data {a.eval_data}: there are no official rows of {a.task}")
     if a.eval_data is None:

@@ -305,7 +305,7 @@ def refuse_to_replace(out, a):
         raise FileExistsError(f"--out {out} holds a model: give another")
 
 def run_inputs(rows, source):
-    """{what a run is made from: its digest}. rows: data.Rows; source: the directory of the base model."""
+    """{what a run is made from: its digest}. rows: lib.rows.Rows; source: the directory of the base model."""
     return {"training rows": digest(*(tuple(e) for e in rows.examples)),
             "evaluation rows": digest(*((q.prompt, [tuple(e) for e in q.examples]) for q in rows.questions)),
             "base model": digest(weights_header(source), (source / "config.json").read_bytes()),

@@ -20,9 +20,10 @@ from test_tokenizer import random_text, small       # noqa: F401
 import data
 import train
 from data import (Example, Scored, Tokenizer, Verdict, batch_of, encode, exact_match, execute_pairs,
-                  load_rows, micro_batches, pack, read_data, read_rows, sql_metrics, to_device)
+                  load_rows, micro_batches, pack, read_rows, sql_metrics, to_device)
 from lib import sandbox
 from lib.evaluate import evaluate, record
+from lib.rows import read_data
 from model import Transformer
 from toy.world import TOY_FACTS, toy_facts, toy_med, toy_sql, toy_world
 
