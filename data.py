@@ -65,7 +65,7 @@ class Question(NamedTuple):
     """What evaluation puts to a model: a prompt to continue, and answers to score."""
     row: dict
     prompt: list        # token ids, with BOS
-    examples: list      # Example of each prompt and answer that the task scores, see Task.queries
+    examples: list      # those whose answers the task scores, see Task.queries
 
     def longest(self):
         """Tokens of the longest sequence that a model has to read."""

@@ -46,6 +46,14 @@ def split_off(rows, n, seed):
     """rows: {i: row} -> n of them, chosen by the seed"""
     return {i: rows[i] for i in random.Random(seed).sample(sorted(rows), n)}
 
+def keep_a_tenth(rows, a):
+    """rows: {i: row} -> those to evaluate on, and the others. The same ones, whenever the seed is the same."""
+    if len(rows) < 2:
+        raise ValueError(f"{a.data}: of a single row none can be kept to evaluate on: give more, or --eval-data")
+    asked = split_off(rows, max(1, len(rows) // 10), f"evaluation {a.seed}")
+    print(f"{len(asked)} of {len(rows)} rows of {a.data} are kept to evaluate on: no --eval-data")
+    return asked, {i: row for i, row in rows.items() if i not in asked}
+
 def read_training(rows, a, tokenizer, skipped):
     """rows: {i: row} -> examples, held_out of Rows."""
     task = TASKS[a.task]
@@ -76,11 +84,7 @@ def read_data(a, tokenizer):
             raise ValueError(f"{a.data}: no row has an answer")
         training = dict(enumerate(rows))
     if a.eval_data == TENTH:
-        if len(training) < 2:
-            raise ValueError(f"{a.data}: one row alone cannot be kept to evaluate on: give more, or --eval-data")
-        asked = split_off(training, max(1, len(training) // 10), f"evaluation {a.seed}")
-        print(f"{len(asked)} of {len(training)} rows of {a.data} are kept to evaluate on: no --eval-data")
-        training = {i: row for i, row in training.items() if i not in asked}
+        asked, training = keep_a_tenth(training, a)
     if not a.eval_only:
         examples, held_out = read_training(training, a, tokenizer, skipped)
     if a.eval_data != TENTH:

@@ -24,7 +24,7 @@ def test_without_rows_to_evaluate_on_a_tenth_is_kept_for_that(tmp_path, capsys):
     a.eval_only = "somewhere"                           # the same rows, and none to train on
     again = read_data(a, tokenizer)
     one = write(tmp_path / "one.jsonl", rows[:1])
-    with pytest.raises(ValueError, match="one row alone cannot be kept to evaluate on"):
+    with pytest.raises(ValueError, match="of a single row none can be kept to evaluate on"):
         read_data(train.parse_args(["--device", "cpu", "--task", "text", "--data", str(one)]), tokenizer)
     assert [q.row for q in again.questions] == asked and again.examples == []
 
