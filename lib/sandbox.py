@@ -565,6 +565,8 @@ def execute_pairs(rows, children=None):
     verdicts, child = [], start_sql_child()
     for row in rows:
         children[:] = [child]
+        if not rows:                            # they were cleared just before this child could be found
+            break
         verdict = dict.fromkeys(keys, False)
         with suppress(BrokenPipeError):
             print(json.dumps(row), file=child.stdin, flush=True)

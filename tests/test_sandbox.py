@@ -714,6 +714,18 @@ def test_ctrl_c_waits_for_no_query(tmp_path):
     assert run.returncode == -signal.SIGINT and err.strip().endswith(b"KeyboardInterrupt")
 
 
+def test_a_child_that_is_found_too_late_gets_no_query():
+    """Ctrl-C has cleared the rows, but the one that the loop has in its hands, and found no child to kill."""
+    rows = [("", HANG, "SELECT 1")]
+
+    class Late(list):
+        def __setitem__(self, *args):
+            rows.clear()
+            super().__setitem__(*args)
+    late = Late()
+    assert execute_pairs(rows, late) == [] and late[0].returncode == 0
+
+
 def test_a_child_that_cannot_start_is_an_error(monkeypatch, tmp_path):
     (tmp_path / "sandbox.py").write_text("raise SystemExit('no')")
     monkeypatch.setattr(sandbox, "PROGRAM", str(tmp_path / "sandbox.py"))
