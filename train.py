@@ -240,7 +240,7 @@ def refuse_nonsense(p, a):
     if not 0 <= a.dropout < 1 or not 0 <= a.warmup <= 1:
         p.error("--dropout and --warmup are shares, from 0 to 1")
     try:
-        torch.device(a.device)
+        torch.device(a.device)                          # is it the name of one?
         if not a.dry_run:                               # which counts for a GPU that is elsewhere, too
             torch.empty(0, device=ranks.own_device(a.device)).cpu()
     except (RuntimeError, AssertionError, ValueError) as e:

@@ -3,8 +3,8 @@
     python bench/plot.py runs/molf --out pictures                       # shares.png, map.png, runs.png
     python bench/plot.py runs/molf runs/molf-e runs/fft --out pictures
 
-Of several runs each has its own shares-RUN.png and map-RUN.png, and runs.png shows all. Runs with one expert a
-module (fft, lora) have no routing, so they are in runs.png only.
+Of several runs each has its own shares-RUN.png and map-RUN.png, and runs.png shows all. Runs with one expert
+a module (fft, lora) have no routing, so they are in runs.png only.
 """
 import argparse
 import re

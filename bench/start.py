@@ -3,9 +3,9 @@
     python bench/start.py TOKENIZER_DIR ROWS                # Qwen2.5-1.5B shapes, molf on sql, 25 steps
     python bench/start.py toy ROWS --shape toy --task med   # a CPU
 
-A checkpoint with random weights is made once, with the tokenizer's files. Then train.py runs on the first rows
-of ROWS, cold, with nothing compiled before, and twice more, warm. For each run a line has the seconds until its
-log says that the first step, and the last one, is done, and the tokens a second of the last line.
+A checkpoint with random weights is made once, with the tokenizer's files. Then train.py runs on the first
+rows of ROWS, cold, with nothing compiled before, and twice more, warm. For each run a line has the seconds
+until its log says that the first step is done, and the last one, and the tokens a second of the last line.
 """
 import argparse
 import json
@@ -70,11 +70,12 @@ def main():
         for i, name in enumerate(("cold", "warm", "warm")):
             seen, last = run([sys.executable, a.train, "--model", str(folder / "model"), "--task", a.task,
                               "--method", a.method, "--data", a.rows, "--eval-data", a.rows, "--epochs", "1",
-                              "--limit", str(32 * a.steps), "--eval-limit", str(a.eval_rows), "--log-every", "5",
-                              "--out", str(folder / f"out{i}")], folder / "cache")
-            tok_per_s = re.search(r"(\S+) tok/s", last)[1]
-            print(json.dumps({"run": name, "first_step_s": round(seen[1], 1), "last_step_s":
-                              round(seen[max(seen)], 1), "steps": max(seen), "tok_per_s": tok_per_s}), flush=True)
+                              "--limit", str(32 * a.steps), "--eval-limit", str(a.eval_rows),
+                              "--log-every", "5", "--out", str(folder / f"out{i}")], folder / "cache")
+            steps = max(seen)
+            result = dict(run=name, first_step_s=round(seen[1], 1), last_step_s=round(seen[steps], 1),
+                          steps=steps, tok_per_s=re.search(r"(\S+) tok/s", last)[1])
+            print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
