@@ -5,7 +5,8 @@
 
 A checkpoint with random weights is made once, with the tokenizer's files. Then train.py runs on the first
 rows of ROWS, cold, with nothing compiled before, and twice more, warm. For each run a line has the seconds
-until its log says that the first step is done, and the last one, and the tokens a second of the last line.
+from the command until the model is loaded, evaluated, the first step done, and the last one; and the tokens a
+second of the last line.
 """
 import argparse
 import json
@@ -39,14 +40,19 @@ def make_checkpoint(folder, shape, tokenizer):
 
 
 def run(command, cache):
-    """-> {step: seconds from the command to its log line}, and the last line"""
+    """-> {step, "loaded" or "evaluated": seconds from the command to the line that says so}, the last line"""
     begin, seen, last = time.perf_counter(), {}, ""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
                                env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)})
     for line in process.stdout:
         found = re.match(r"step +(\d+)/\d+  loss", line)
+        now = time.perf_counter() - begin
+        if ", to be evaluated on " in line:
+            seen["loaded"] = now
+        if line.startswith("parameters: "):
+            seen["evaluated"] = now
         if found:
-            seen[int(found[1])] = time.perf_counter() - begin
+            seen[int(found[1])] = now
             last = line
     if process.wait():
         sys.exit(f"{' '.join(command)} failed")
@@ -72,9 +78,10 @@ def main():
                               "--method", a.method, "--data", a.rows, "--eval-data", a.rows, "--epochs", "1",
                               "--limit", str(32 * a.steps), "--eval-limit", str(a.eval_rows),
                               "--log-every", "5", "--out", str(folder / f"out{i}")], folder / "cache")
-            steps = max(seen)
-            result = dict(run=name, first_step_s=round(seen[1], 1), last_step_s=round(seen[steps], 1),
-                          steps=steps, tok_per_s=re.search(r"(\S+) tok/s", last)[1])
+            result = dict(run=name, loaded_s=seen["loaded"], evaluated_s=seen["evaluated"], step_1_s=seen[1])
+            result[f"step_{a.steps}_s"] = seen[a.steps]
+            result = {k: round(v, 1) if k != "run" else v for k, v in result.items()}
+            result["tok_per_s"] = re.search(r"(\S+) tok/s", last)[1]
             print(json.dumps(result), flush=True)
 
 

@@ -54,6 +54,8 @@ def configure_compiler():
     torch.fx.experimental._config.use_duck_shape = False    # sizes that are equal today need not stay so
     torch._dynamo.config.specialize_float = True            # or a LoRA scale would be a tensor, on the CPU
     torch._dynamo.config.recompile_limit = 64               # versions of a function: one for each shape
+    # RMSNorm's two sums in one kernel, for few tokens too: it is faster, and there is only one version
+    torch._inductor.config.triton.mix_order_reduction_non_strict_mode = True
 
 def fast_parts(cuda):
     """-> {(module or class, name): what stands there while a fast step runs}. It is compiled when it is first
@@ -117,12 +119,13 @@ def few_sizes(counts, price):
         j = begin[j]
     return padded_to
 
-def price_of_a_size(model):
-    """In tokens. To record a step takes about 8 ms a block and micro-batch. A token takes six operations for
-    each number of the linear layers, of which a GPU does 4e14 a second (an H100, in bf16)."""
+def price_of_a_size(model, tokens):
+    """In tokens. A size, of so many tokens, is run once before it is recorded, which takes about 8 ms a block
+    and micro-batch. A token takes six operations for each number of the linear layers, of which a GPU does
+    4e14 a second (an H100, in bf16)."""
     seconds = 0.008 * len(model.model["layers"])
     numbers = sum(layer.weight.numel() for _, layer in model_py.molf_layers(model))
-    return seconds / (6 * numbers / 4e14)
+    return tokens + seconds / (6 * numbers / 4e14)
 
 class Recording(NamedTuple):
     """A captured step."""
@@ -164,7 +167,7 @@ class FastStep:
         for n, of_ranks, _ in steps:
             counts[len(of_ranks[0])][n] += 1
         self.tokens = {}                # (micro-batches of a step, tokens of one) -> tokens with padding
-        price = price_of_a_size(self.model)
+        price = price_of_a_size(self.model, max((n for n, _, _ in steps), default=1))
         for m, of_sizes in counts.items():
             self.tokens |= {(m, n): size for n, size in few_sizes(of_sizes, price).items()}
         self.targets = Counter()        # tokens with padding -> the most targets
@@ -215,13 +218,12 @@ class FastStep:
             return self.replay(self.recordings[key], inputs)
 
     def compile_all_sizes(self):
-        """Whatever compiles in the middle of a capture fails. So run forward and backward once with the
-        fewest and once with the most targets: more than LOGIT_ROWS take another path."""
-        for pick in (min, max):
-            n = pick(self.targets, key=self.targets.get)
-            micros, _ = self.inputs(self.example[n])
-            for micro in micros:
-                self.model.loss(*micro).backward()
+        """Run forward and backward once for every size. The compiler may want other code for some of them,
+        and whatever compiles in the middle of a capture fails. (More than LOGIT_ROWS targets are one reason.)
+        """
+        for batch in self.example.values():
+            micros, _ = self.inputs(batch)
+            self.model.loss(*micros[0]).backward()
             self.model.zero_grad()
 
     def record(self, inputs):

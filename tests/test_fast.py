@@ -23,7 +23,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 @pytest.fixture(autouse=True)
 def every_size_pays(monkeypatch):
     """So a short run has as many as a long one."""
-    monkeypatch.setattr(lib.fast, "price_of_a_size", lambda model: 1)
+    monkeypatch.setattr(lib.fast, "price_of_a_size", lambda model, tokens: 1)
 
 
 def flags(**kwargs):
@@ -128,7 +128,7 @@ def test_padding_and_sizes_together_cost_least():
 
 def test_a_short_run_has_few_sizes_and_a_long_one_pads_little(monkeypatch):
     """25 steps, and 2,000, of batches with about 9,600 tokens, on a model for which a size costs 11,000."""
-    monkeypatch.setattr(lib.fast, "price_of_a_size", lambda model: 11_000)
+    monkeypatch.setattr(lib.fast, "price_of_a_size", lambda model, tokens: 11_000)
     rng = random.Random(0)
     batches = [[data.Example([1] * rng.randint(100, 500), 90, 0) for _ in range(32)] for _ in range(25)]
     model = Transformer.from_pretrained("toy")

@@ -333,7 +333,7 @@ def test_a_compiled_step_cuts_a_batch_of_several_ranks_into_one_size(monkeypatch
     batches[-1] = batches[-1][:2]                           # fewer sequences than ranks
     model = Transformer.from_pretrained("toy")
     add_experts(model, ranks=(2,))
-    monkeypatch.setattr(lib.fast, "price_of_a_size", lambda model: 1)
+    monkeypatch.setattr(lib.fast, "price_of_a_size", lambda model, tokens: 1)
     for n in (2, 3):
         monkeypatch.setattr(ranks_, "n_ranks", lambda: n)
         step = FastStep(None, model, MoLFAdamW(param_groups(model)), batches, 4096)
