@@ -43,7 +43,7 @@ def run(command, cache):
     """-> {step, "loaded" or "evaluated": seconds from the command to the line that says so}, the last line"""
     begin, seen, last = time.perf_counter(), {}, ""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
-                               env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)})
+                               env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONUNBUFFERED": "1"})
     for line in process.stdout:
         found = re.match(r"step +(\d+)/\d+  loss", line)
         now = time.perf_counter() - begin
@@ -78,11 +78,10 @@ def main():
                               "--method", a.method, "--data", a.rows, "--eval-data", a.rows, "--epochs", "1",
                               "--limit", str(32 * a.steps), "--eval-limit", str(a.eval_rows),
                               "--log-every", "5", "--out", str(folder / f"out{i}")], folder / "cache")
-            result = dict(run=name, loaded_s=seen["loaded"], evaluated_s=seen["evaluated"], step_1_s=seen[1])
-            result[f"step_{a.steps}_s"] = seen[a.steps]
-            result = {k: round(v, 1) if k != "run" else v for k, v in result.items()}
-            result["tok_per_s"] = re.search(r"(\S+) tok/s", last)[1]
-            print(json.dumps(result), flush=True)
+            result = {f"step {k}" if isinstance(k, int) else k: round(s, 1) for k, s in seen.items()
+                      if k in ("loaded", "evaluated", 1, a.steps)}
+            result["tok/s"] = re.search(r"(\S+) tok/s", last)[1]
+            print(json.dumps({"run": name} | result), flush=True)
 
 
 if __name__ == "__main__":
