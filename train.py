@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 import data
 import molf
 from data import Tokenizer, batch_of, count_targets, count_tokens
-from lib import ahead, parallel, ranks, track
+from lib import parallel, ranks, track
 from lib.checkpoints import Checkpoints, last_checkpoint
 from lib.evaluate import batch_loss, evaluate, flat
 from lib.fast import FastStep
@@ -413,7 +413,6 @@ def load_and_run(a, out):
             inputs = run_inputs(rows, source)
             if a.resume:
                 refuse_other_inputs(out, inputs)
-            compiling = ahead.start(config, rows, a)
             # several ranks that train: each will read its part, when the layers have their experts
             device = "meta" if ranks.several() and not a.eval_only else a.device
             model = Transformer.from_pretrained(source, getattr(torch, a.dtype), device)
@@ -424,7 +423,7 @@ def load_and_run(a, out):
     try:
         with only_one(out):
             refuse_to_replace(out, a)       # again: another process may have finished while this one loaded
-            run(model, tokenizer, rows, inputs, a, out, compiling)
+            run(model, tokenizer, rows, inputs, a, out)
     except FileExistsError as e:
         stop(e)
     except OSError as e:
@@ -467,9 +466,8 @@ def prepare_to_train(model, rows, a):
     except ValueError as e:             # several ranks have read the weights only now
         stop(e)
 
-def run(model, tokenizer, rows, inputs, a, out, compiling):
-    """Evaluate, train, evaluate, export: all that a run leaves is written here, into its directory `out`.
-    compiling: processes of lib/ahead.py"""
+def run(model, tokenizer, rows, inputs, a, out):
+    """Evaluate, train, evaluate, export: all that a run leaves is written here, into its directory `out`."""
     task, first_result = data.TASKS[a.task], out / "before.json"
     print(f"{a.model}, task {a.task}, to be evaluated on {a.eval_data} ({len(rows.questions)}); eos "
           f"{tokenizer.eos_ids}, bos {tokenizer.bos_id}")
@@ -505,7 +503,6 @@ def run(model, tokenizer, rows, inputs, a, out, compiling):
     parallel.own_randomness(a)
     identity = digest(sorted((k, v) for k, v in vars(a).items() if k not in MAY_CHANGE), inputs)
     checkpoints = Checkpoints(out, model, optimizer, a, identity)
-    ahead.finish(compiling)
     history, seconds = train_with_checkpoints(checkpoints, tokenizer, rows, a, out)
     del optimizer, checkpoints                                  # frees the moments before the export
     metadata = {"modules": json.dumps(module_names)}
