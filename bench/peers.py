@@ -15,12 +15,12 @@ fft and lora are to agree with --method fft and lora of train.py. dora and adalo
 AdaLoRA begins with 1.5 times the rank, as peft's defaults do, and ends with the rank as the mean of the
 modules. The first 10 % of the steps prune nothing and the last 20 % keep what is left, as in the example of
 peft's documentation. Every step between them prunes. peft scales by alpha / (first rank), and is given the
-alpha that makes it lora's s. E begins at 0, A and B at 0.02: at the same rate it learns more slowly than LoRA.
-So look for its best --lora-lr before you compare.
+alpha that makes it lora's s. E begins at 0, A and B at 0.02: at the same rate it learns more slowly than
+LoRA. So look for its best --lora-lr before you compare.
 
-Precision on a GPU: products are in bf16, by autocast. What trains is fp32, because bf16 weights lose most small
-steps: all weights for fft, the adapters for the others, whose frozen base is bf16. The merge is in fp32, and
-its result is rounded once, to --export-dtype. On a CPU all is fp32.
+Precision on a GPU: products are in bf16, by autocast. What trains is fp32, because bf16 weights lose most
+small steps: all weights for fft, the adapters for the others, whose frozen base is bf16. The merge is in
+fp32, and its result is rounded once, to --export-dtype. On a CPU all is fp32.
 
 OUT has model/, evaluation/results.json, log.jsonl (loss, gradient norm, AdaLoRA's mean rank) and config.json.
 Batches are padded on the right. --max-tokens does not count the padding.
@@ -48,7 +48,7 @@ from lib.rows import read_data      # noqa: E402
 from model import TARGETS           # noqa: E402
 
 PEERS = ("fft", "lora", "dora", "adalora")
-NOT_HERE = ("resume", "eval_only", "eval_every", "dry_run", "tensorboard")      # flags of train.py
+NOT_HERE = ("method", "resume", "eval_only", "eval_every", "dry_run", "tensorboard")    # flags of train.py
 
 
 def parse_args(argv):
@@ -58,7 +58,9 @@ def parse_args(argv):
     cut = argv.index("--") if "--" in argv else len(argv)
     peer = p.parse_args(argv[:cut]).peer
     rest = argv[cut + 1:]
-    given = train.make_parser().parse_args(rest)
+    theirs = train.make_parser()
+    theirs.set_defaults(method=None)
+    given = theirs.parse_args(rest)
     for key in NOT_HERE:
         if getattr(given, key):
             p.error(f"--{key.replace('_', '-')} is not for peers")
@@ -148,7 +150,7 @@ def target_loss(model, examples, dtype):
 
 def orthogonality(model):
     """-> AdaLoRA's regulariser, 0-d: |A A^T - I| and |B^T B - I|, the mean over all modules. peft adds it to
-    the loss of every forward pass that is given labels, so once for each micro-batch. A step needs it once."""
+    the loss of each forward pass that is given labels, so once a micro-batch. A step needs it once."""
     named = list(model.named_parameters())
     grams = [p @ p.T for name, p in named if "lora_A" in name]          # (r, r) each
     grams += [p.T @ p for name, p in named if "lora_B" in name]
