@@ -204,9 +204,24 @@ def test_decay_is_for_matrices(tmp_path):
     for peer, ranks, decay in (("fft", [], 0.1), ("dora", [4], 0.01)):
         flags = [*short("toy", *ranks), "--lora-lr", "0.5", "--out", str(tmp_path / peer)]
         _, a = peers.parse_args(["--peer", peer, "--", *flags])
-        for group in peers.param_groups(peers.load(TOY, peer, a, steps=10), peer, a):
+        groups = peers.param_groups(peers.load(TOY, peer, a, steps=10), peer, a)
+        dims = [group["params"][0].dim() for group in groups]
+        # norms and the biases of q, k and v; or DoRA's lengths beside A and B
+        assert (dims.count(1), dims.count(2)) == ((13 + 18, 43) if peer == "fft" else (42, 84))
+        for group in groups:
             assert group["weight_decay"] == (decay if group["params"][0].dim() == 2 else 0)
             assert group["lr"] == (3e-4 if peer == "fft" else 0.5)
+
+
+def test_A_is_drawn_from_the_seed(tmp_path):
+    def first_A(seed):
+        flags = [*short("toy", 4), "--seed", seed, "--out", str(tmp_path / "run")]
+        _, a = peers.parse_args(["--peer", "lora", "--", *flags])
+        named = dict(peers.load(TOY, "lora", a, steps=10).named_parameters())
+        return next(p for name, p in named.items() if "lora_A" in name)
+    first = first_A("1")
+    torch.rand(1)
+    assert torch.equal(first, first_A("1")) and not torch.equal(first, first_A("2"))
 
 
 def test_what_a_peer_cannot_do_is_refused(tmp_path, capsys):
