@@ -42,7 +42,7 @@ import transformers                 # noqa: E402
 from torch.nn.utils import clip_grad_norm_      # noqa: E402
 
 from data import Tokenizer, batch_of, count_targets, micro_batches      # noqa: E402
-from lib.files import copy_companions, find_checkpoint, save_record, set_eos        # noqa: E402
+from lib.files import clear_run, copy_companions, find_checkpoint, save_record, set_eos     # noqa: E402
 from lib.report import peak_memory, provenance      # noqa: E402
 from lib.rows import read_data      # noqa: E402
 from model import TARGETS           # noqa: E402
@@ -228,6 +228,8 @@ def train_and_export(peer, a):
     print(f"{peer} on {a.model}, task {a.task}: {len(examples)} rows, {steps} steps, seed {a.seed}, "
           f"{trained:,} parameters train")
     out.mkdir(parents=True, exist_ok=a.overwrite)
+    clear_run(out)
+    clear_run(out / "evaluation")
     begin = time.perf_counter()
     with open(out / "log.jsonl", "w") as log_file:
         def log(record):

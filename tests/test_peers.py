@@ -213,6 +213,18 @@ def test_decay_is_for_matrices(tmp_path):
             assert group["lr"] == (3e-4 if peer == "fft" else 0.5)
 
 
+def test_overwrite_leaves_no_results_of_the_run_before(tmp_path, monkeypatch):
+    argv = ["--peer", "fft", "--", *short("toy"), "--out", str(tmp_path / "run")]
+    peers.main(argv)
+
+    def stop(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(peers, "train_peer", stop)
+    with pytest.raises(KeyboardInterrupt):
+        peers.main([*argv, "--overwrite"])
+    assert not list(tmp_path.rglob("results.json")) and not list(tmp_path.rglob("*.safetensors"))
+
+
 def test_A_is_drawn_from_the_seed(tmp_path):
     def first_A(seed):
         flags = [*short("toy", 4), "--seed", seed, "--out", str(tmp_path / "run")]
