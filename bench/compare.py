@@ -7,7 +7,7 @@ answer: a model, a task and its rows, on which the methods and their controls ru
     python bench/compare.py --entries fft lora "molf --score align" --seeds 1 -- --task med
     python bench/compare.py --report bench/results/*.csv            # tables, without a run
 
-What stands behind -- goes to train.py for every run. An entry is what an own run would have: a method, and
+What stands behind -- goes to train.py for every run. An entry is what the others do not have: a method, and
 perhaps flags. Of the entries of a method the shortest is its plain one, the others are variants of it.
 
 Rows. The training rows are split once, by a fixed seed: --validation of them train nobody but choose learning
@@ -258,11 +258,12 @@ def run_all(a, deadline):
             late = bool(asked) or time.monotonic() >= deadline
             runs = known_runs(rows, a)
             todo = [r for r in runs if r not in rows and r not in failed and r not in {w.run for w in busy}]
+            idle = [worker for worker in idle if worker.process.is_alive()]
             while todo and len(busy) < a.workers and not late:
                 worker = idle.pop() if idle else Worker()
                 run = next_run(todo, worker, busy)
                 todo.remove(run)
-                out = a.out / re.sub("[^a-z0-9.]+", "-", str(run))
+                out = a.out / re.sub("[^a-z0-9.+]+", "-", str(run))
                 worker.begin(run, [*a.shared, *files[run.phase], *run.flags()], out)
                 busy.append(worker)
             if late and not stopped:
@@ -279,10 +280,10 @@ def run_all(a, deadline):
                     idle.append(worker)
                     row |= of_plan
                     rows = add_row(a.csv, worker.run, row, outcomes)
-                    print(said(worker.run, row, a), flush=True)
+                    print(f"{len(rows):4d}  {said(worker.run, row, a)}", flush=True)
                 elif how == "failed" and not stopped:
                     failed[worker.run] = row
-                    print(f"{worker.run}: failed: {row}", flush=True)
+                    print(f"      {worker.run}: failed: {row}", flush=True)
                 worker.run = None
     finally:
         for worker in busy:                         # there are some after an error only

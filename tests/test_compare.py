@@ -223,10 +223,9 @@ def test_a_run_that_fails_is_named_and_the_others_go_on_with_two_workers_as_with
     assert e.value.code.startswith("error: 1 runs failed")
     said = capsys.readouterr().out
     assert f"test, fft, lr 0.001, seed 1: failed: error: --out {blocked}: {blocked} is not a dir" in said
-    assert len(rows_of(tmp_path)) == 3
-    blocked.unlink()
-    compare.main(argv)
-    assert rows_of(tmp_path) == rows_of(one_worker)
+    want = rows_of(one_worker)
+    want.pop(Run("test", "fft", 1e-3, None, 1))
+    assert rows_of(tmp_path) == want
 
 
 def test_a_worker_that_dies_loses_its_run_alone():
@@ -236,7 +235,7 @@ def test_a_worker_that_dies_loses_its_run_alone():
 
 
 def test_after_until_nothing_begins_and_what_runs_is_stopped_and_goes_on_later(tmp_path, monkeypatch, capsys):
-    plan, cell = ["--entries", "fft", "--seeds", "1"], [*SMALL[:-1], "100"]
+    plan, cell = ["--entries", "fft", "--seeds", "1"], [*SMALL[:-1], "60"]
     argv = small_plan(tmp_path, plan=plan, cell=cell)
     compare.main(["--until", "0", *argv])
     assert "1 or more runs are missing" in capsys.readouterr().out and not (tmp_path / "small.csv").exists()
@@ -251,7 +250,7 @@ def test_after_until_nothing_begins_and_what_runs_is_stopped_and_goes_on_later(t
     assert "1 or more runs are missing" in capsys.readouterr().out and rows_of(tmp_path) == {}
     (checkpoint,) = (out / "checkpoints").iterdir()
     step = int(checkpoint.stem.rpartition("-")[2])
-    assert 0 < step < 100
+    assert 0 < step < 60
     compare.main(argv)
     assert len(rows_of(tmp_path)) == 1 and not list(out.glob("checkpoints/*"))
     assert f"going on behind step {step}" in out.with_name(out.name + ".txt").read_text()
