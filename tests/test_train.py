@@ -944,7 +944,7 @@ def test_without_before_the_model_is_evaluated_once_also_by_a_resumed_run(tmp_pa
     evaluate = train.evaluate
     monkeypatch.setattr(train, "evaluate", lambda *args: asked.append(1) or evaluate(*args))
     main("--limit", 8, "--epochs", 1, "--out", tmp_path / "whole")
-    assert len(asked) == 2 and "  before   after  " in capsys.readouterr().out
+    assert len(asked) == 2 and "before     after" in capsys.readouterr().out
     main("--limit", 8, "--epochs", 1, "--no-before", "--out", tmp_path / "after")
     assert len(asked) == 3 and "  before  " not in capsys.readouterr().out
     whole, after = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "after"))
