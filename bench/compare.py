@@ -25,7 +25,8 @@ are so, no row is kept for validation.
 What is left. When a run ends, its row is written to --csv, and the outcome of each row that it was asked to
 the .jsonl beside it. Those two files say what is finished: the same command goes on from there, also without
 --out. It goes on with an unfinished run where --out has its checkpoint. Entries, seeds and rates may be added
-later. A run that fails is named, and runs again the next time. A loss that is not finite is a result.
+later, but the first grid of several rates is another plan, because it keeps rows for validation. A run that
+fails is named, and runs again the next time. A loss that is not finite is a result.
 """
 import argparse
 import contextlib

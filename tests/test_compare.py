@@ -209,7 +209,8 @@ def test_what_has_ended_does_not_run_again(one_worker, monkeypatch, tmp_path, ca
         shutil.copy(file, tmp_path)
     monkeypatch.setattr(compare, "Worker", None)
     compare.main(small_plan(tmp_path))
-    assert "| `molf` | 0.001 | 0.001 |" in capsys.readouterr().out and rows_of(tmp_path) == rows_of(one_worker)
+    assert "| `molf` | 0.001 | 0.001 |" in capsys.readouterr().out
+    assert rows_of(tmp_path) == rows_of(one_worker)
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on_with_two_workers_as_with_one(
