@@ -173,7 +173,7 @@ def test_the_rows_that_choose_are_not_those_that_test(task, tmp_path):
     assert compare.write_rows(a) == files
 
 
-# ------------------------------------------------------------------------------------------------- whole plans
+# ------------------------------------------------------------------------------------------------ whole plans
 
 @pytest.fixture(scope="module")
 def one_worker(tmp_path_factory):
