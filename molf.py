@@ -128,6 +128,10 @@ def coin(e):
     """Control: a random winner."""
     return e.chance.clone()
 
+def even(e):
+    """Control: no winner. With `--route softmax` both experts move, at half their learning rates."""
+    return torch.zeros_like(e.lr)
+
 SCORES = {
     "epd": epd,
     "pfn": pfn,
@@ -136,6 +140,7 @@ SCORES = {
     "always_full": always_full,
     "always_lora": always_lora,
     "random": coin,
+    "even": even,
 }
 
 # A route turns the scores of a step into gates. An expert moves with gate x lr: 0 keeps its bits, 1 is AdamW.

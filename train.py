@@ -59,7 +59,7 @@ EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 OF_THIS_CALL = "out", "overwrite", "resume", "dry_run", "world_size"        # not a part of what the run is
 # --resume may change these
 MAY_CHANGE = OF_THIS_CALL + ("log_every", "save_every", "keep", "device", "eager", "max_tokens",
-                             "tensorboard")
+                             "tensorboard", "no_before")
 EVALUATION_FLAGS = ("task", "data", "eval_data", "limit", "eval_limit", "dtype", "max_tokens", "max_length",
                     "seed")
 
@@ -102,6 +102,7 @@ def make_parser():
     add("--eval-limit", type=int, help="evaluate on the first N rows only")
     add("--eval-every", type=int, metavar="N", help="every N steps, evaluate on a tenth of the training rows,"
         " at most 128, that are held out for it (facts: that train as well)")
+    add("--no-before", action="store_true", help="do not evaluate the model before it trains")
     add("--eval-only", metavar="DIR", help="evaluate a checkpoint, or a run with its flags; train nothing")
     add("--export-dtype", default="bf16", choices=list(EXPORT_DTYPES), help="of the model (default: bf16)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -229,6 +230,8 @@ def refuse_nonsense(p, a):
         value = getattr(a, key)
         if value is not None and value < 1:
             p.error(f"--{key.replace('_', '-')} must be at least 1")
+    if a.no_before and a.eval_only:
+        p.error("--no-before: --eval-only evaluates what there is, and trains nothing")
     if a.tensorboard and not track.summary_writer():
         p.error("--tensorboard wants TensorBoard: pip install tensorboard")
     if a.batch_size < a.world_size:
@@ -481,9 +484,10 @@ def run(model, tokenizer, rows, inputs, a, out):
     ranks.wait()
     ranks.refuse_differences({f"{path}, which all must see": path.read_bytes() if path.exists() else None
                               for path in (out / "config.json", first_result)})
+    before = None
     if first_result.exists():                                   # --resume
         before = read_first_result(first_result)
-    else:
+    elif not a.no_before:
         with parallel.whole(model) as whole:
             before, predictions = evaluate(whole, tokenizer, task, rows.questions, a.max_tokens)
     if not a.eval_only:                                         # (without experts an evaluation is faster)
@@ -497,7 +501,8 @@ def run(model, tokenizer, rows, inputs, a, out):
         save_results(out, a, record["date"], results, predictions, 0)
         print_results(results, predictions)
         return
-    save_record(first_result, before)
+    if before:
+        save_record(first_result, before)
     optimizer = MoLFAdamW(groups, score=SCORES[a.score],
                           route=parallel.over_all_modules(ROUTES[a.route], model), top_k=a.top_k)
     parallel.own_randomness(a)
@@ -512,10 +517,12 @@ def run(model, tokenizer, rows, inputs, a, out):
         losses = export(whole, tokenizer.eos_ids, rows, a, out)
     if not ranks.first():
         return
-    results = dict(before=before, after=after, loss=losses, skipped=rows.skipped, train_seconds=seconds)
+    results = dict(after=after, loss=losses, skipped=rows.skipped, train_seconds=seconds)
+    if before:
+        results = dict(before=before) | results
     save_results(out, a, record["date"], results, predictions, len(rows.examples))
     empty(out / "checkpoints")                                  # finished: results.json says so
-    first_result.unlink()
+    first_result.unlink(missing_ok=True)                        # there is none after --no-before
     print_results(results, predictions)
     print_summary(history["gates"], module_names, losses, a, out)
 

@@ -1,56 +1,403 @@
-"""The four methods, and the controls that tell routing from the rest, over several seeds: a Markdown table.
+"""Is MoLF better than the better of full fine-tuning and LoRA, or within 1.5 points of it? One cell of the
+answer: a model, a task and its rows, on which the methods and their controls run, side by side.
 
-    python bench/compare.py                                  # the toy world, seeds 1 2 3
-    python bench/compare.py --seeds 1 -- --model DIR --data counterfact.json --limit 1000
+    python bench/compare.py -- --device cpu                         # the toy's facts, its learning rates
+    python bench/compare.py --csv bench/results/sql.csv --lrs 1e-5 3e-5 1e-4 --lora-lrs 1e-4 3e-4 1e-3 \\
+        --workers 8 --until 1500 -- --model DIR --task sql --data FILE --eval-data FILE
+    python bench/compare.py --entries fft lora "molf --score align" --seeds 1 -- --task med
+    python bench/compare.py --report bench/results/*.csv            # tables, without a run
 
-Everything behind -- goes to train.py. Runs lie in --out, one directory each; a finished one is read, not run.
+What stands behind -- goes to train.py for every run. An entry is what the others do not have: a method, and
+perhaps flags. Of the entries of a method the shortest is its plain one, the others are variants of it.
+
+Rows. The training rows are split once, by a fixed seed: --validation of them train nobody but choose learning
+rates. Of med, sql and text the others train in both phases, and the choice is by the metric --select on the
+validation rows. Facts are measured on the cases that train. So their validation rows are cases of their own
+(by default half of all, so that both phases take as many steps), which train and are measured in the first
+phase, and never in the second. The test rows choose nothing.
+
+Learning rates. In the phase "lr" the plain fft runs with each of --lrs, plain lora and plain molf-e with each
+of --lora-lrs, all with one seed. In the phase "test" a variant has its method's choice. molf has no grid of
+its own: its full expert has the choice of fft, its LoRA expert that of lora. So has lora with --rest train,
+whose rest has the choice of fft. Equal values: the lower rate. A grid of one rate needs no runs, and if all
+are so, no row is kept for validation.
+
+What is left. When a run ends, its row is written to --csv, and the outcome of each row that it was asked to
+the .jsonl beside it. Those two files say what is finished: the same command goes on from there, also without
+--out. It goes on with an unfinished run where --out has its checkpoint. Entries, seeds and rates may be added
+later, but the first grid of several rates is another plan, because it keeps rows for validation. A run that
+fails is named, and runs again the next time. A loss that is not finite is a result.
 """
 import argparse
 import contextlib
-import hashlib
-import io
+import gc
 import json
-import statistics
+import math
+import os
+import re
+import shlex
+import signal
 import sys
+import time
+import traceback
+from multiprocessing import connection, get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
 import train  # noqa: E402
+from bench.table import (METHODS, Run, add_row, best_of, in_order, method_of, metrics_of,  # noqa: E402
+                         outcomes_of, rate, read_table, report, searched, shown, sources)
+from data import TASKS, load_rows  # noqa: E402
+from lib.files import digest, empty, read_record, write_safely  # noqa: E402
+from lib.report import escape_unprintable, quiet_ends, stop  # noqa: E402
+from lib.rows import TENTH, split_off  # noqa: E402
 
-ROWS = {"fft": "--method fft", "lora": "--method lora", "lora, rest trained": "--method lora --rest train",
-        "molf, rule epd": "--method molf", "molf, rule pfn": "--method molf --score pfn",
-        "molf, rule snr": "--method molf --score snr", "molf, rule align": "--method molf --score align",
-        "molf, a coin": "--method molf --score random", "molf-e": "--method molf-e"}
+ENTRIES = ["fft", "lora", "lora --rest train", "molf", "molf --score pfn", "molf --score snr",
+           "molf --score align", "molf --route softmax", "molf --route sticky", "molf --score random",
+           "molf --score always_full", "molf --score always_lora", "molf --score even --route softmax",
+           "molf-e"]
+OF_ENTRIES = set("method score route top_k ranks alpha dropout rest weight_decay lora_weight_decay warmup "
+                 "clip".split())
+OF_THIS_PROGRAM = set("method lr lora_lr seed out overwrite resume eval_only no_before dry_run "
+                      "world_size".split())
+LARGE = "model", "adapter", "last-good", "checkpoints"          # of a run that has ended
 
+# ------------------------------------------------------------------------------------------------------------
+# the plan: which runs there are
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    p.add_argument("--out", type=Path, default=Path("runs/compare"))
-    p.add_argument("--metrics", nargs="+", default=["ES", "PS", "NS"])
-    argv = sys.argv[1:]
-    cut = argv.index("--") if "--" in argv else len(argv)
-    args, rest = p.parse_args(argv[:cut]), argv[cut + 1:]
-    print(f"| mean ± standard deviation of {len(args.seeds)} seeds | " + " | ".join(args.metrics)
-          + " | steps won by the full expert |\n| --- |" + " --- |" * (len(args.metrics) + 1))
-    for name, flags in ROWS.items():
-        results, shares = [], []
-        for seed in args.seeds:
-            flags_hash = hashlib.sha256(" ".join(rest).encode()).hexdigest()[:6]
-            out = args.out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}-{flags_hash}"
+def grid(source, a):
+    """The runs that search the learning rate of a plain entry, the lowest first."""
+    if method_of(source) == "fft":
+        return [Run("lr", source, lr, None, a.lr_seed) for lr in sorted(a.lrs)]
+    return [Run("lr", source, None, lr, a.lr_seed) for lr in sorted(a.lora_lrs)]
+
+def choice(source, rows, a):
+    """-> the learning rate of a plain entry. None before its search has ended, or if no run was finite"""
+    tried = searched(source, rows)
+    planned = grid(source, a)
+    if len(planned) == 1 and not tried:
+        return rate(planned[0])
+    if not set(planned) <= set(tried):
+        return None
+    best = best_of(tried, rows, a.select)
+    return best and rate(best)
+
+def known_runs(rows, a):
+    """rows: {Run: row of the table} -> [Run], with those that have ended. The runs of an entry in the phase
+    "test" are known when its learning rates are."""
+    wanted = {entry: sources(entry, a.entries) for entry in a.entries}
+    needed = in_order(source for pair in wanted.values() for source in pair if source)
+    grids = [grid(source, a) for source in needed]
+    runs = [run for of_source in grids if len(of_source) > 1 for run in of_source]
+    rates = {source: choice(source, rows, a) for source in needed}
+    for entry, (full, lora) in wanted.items():
+        if all(rates[source] is not None for source in (full, lora) if source):
+            runs += [Run("test", entry, rates.get(full), rates.get(lora), seed) for seed in a.seeds]
+    return runs
+
+def searches(a):
+    return max(len(a.lrs), len(a.lora_lrs)) > 1
+
+def split_rows(a):
+    """-> the rows that train and those of the validation, which is a part of --data"""
+    rows, _ = load_rows(a.cell.task, "train", a.cell.data, a.cell.limit)
+    few = len(rows) // (2 if TASKS[a.cell.task].tests_training_rows else 10)
+    n = (a.validation or few) if searches(a) else 0
+    if not n < len(rows) or searches(a) and not n:
+        raise ValueError(f"{a.cell.data}: of {len(rows)} rows {n} are for validation: give more, or another "
+                         f"--validation")
+    numbered = dict(enumerate(rows))
+    picked = split_off(numbered, n, "validation")
+    return [row for i, row in numbered.items() if i not in picked], [picked[i] for i in sorted(picked)]
+
+def refuse_another_plan(rows, a):
+    for row in rows.values():
+        if row["plan"] != a.plan:
+            raise ValueError(f"{a.csv} holds the runs of another plan, -- {row['flags']} --select "
+                             f"{row['select']}, --validation {row['validation']}: give another --csv")
+
+def write_rows(a):
+    """Write the rows of both phases. -> {phase: the flags of train.py that name them}"""
+    folder = a.out / "rows"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, rows in zip(("training", "validation"), split_rows(a)):
+        path = folder / f"{name}.jsonl"
+        write_safely(path, "".join(json.dumps(row) + "\n" for row in rows))
+        paths.append(str(path))
+    training, validation = paths
+    if TASKS[a.cell.task].tests_training_rows:
+        files = {"lr": (validation, validation), "test": (training, training)}
+    else:
+        files = {"lr": (training, validation), "test": (training, a.cell.eval_data)}
+    return {phase: ["--data", data, "--eval-data", asked] for phase, (data, asked) in files.items()}
+
+# ------------------------------------------------------------------------------------------------------------
+# the runs
+
+def what_ended(run, out):
+    """The directory of a finished run -> its row, and the outcomes of the rows that it was asked"""
+    config = read_record(out / "config.json")
+    results = json.loads((out / "results.json").read_text())
+    predictions = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    gates = load_file(out / "routing.safetensors")["gates"]             # (steps, modules, experts)
+    after = results["after"]
+    row = run._asdict() | dict(
+        ended="finished",
+        first_share=gates[..., 0].float().mean().item() if gates.shape[-1] > 1 else None,
+        steps=config["steps"],
+        rows=config["rows"],
+        eval_rows=len(predictions),
+        train_seconds=round(results["train_seconds"], 1),
+        eval_seconds=round(after.pop("seconds"), 1),
+        inputs=digest(sorted(config["inputs"].items())),
+        **{key: config[key] for key in ("date", "git", "torch", "gpu")},
+    )
+    row |= {name: x["value"] if isinstance(x, dict) else x for name, x in after.items()}
+    return row, outcomes_of(predictions)
+
+def log_of(out):
+    return out.with_name(f"{out.name}.txt")
+
+def last_line(path):
+    return path.read_text().strip().rpartition("\n")[2]
+
+def run_one(run, argv, out):
+    """Train and evaluate in this process, unless that is done. -> "finished" or "not finite", row, outcomes.
+    -> "stopped" or "failed", why, None"""
+    log_of(out).parent.mkdir(parents=True, exist_ok=True)
+    with open(log_of(out), "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        try:
             if not (out / "results.json").exists():
-                with contextlib.redirect_stdout(io.StringIO()):
-                    train.main([*flags.split(), "--seed", str(seed), "--out", str(out), *rest])
-            results.append(json.loads((out / "results.json").read_text())["after"])
-            log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-            steps = [r["step"] - s["step"] for r, s in zip(log, [{"step": 0}, *log])]
-            shares.append(sum(r["full_share"] * n for r, n in zip(log, steps)) / log[-1]["step"])
-        cells = [[100 * r[m]["value"] for r in results] for m in args.metrics]
-        spread = [statistics.stdev(c) if len(c) > 1 else 0.0 for c in cells]
-        share = f"{statistics.mean(shares):.0%}" if "molf," in name else ""
-        values = [f"{statistics.mean(c):.1f} ± {s:.1f}" for c, s in zip(cells, spread)]
-        print(f"| {name} | {' | '.join(values)} | {share} |", flush=True)
+                goes_on = any((out / "checkpoints").glob("*"))
+                train.main([*argv, "--out", str(out), *["--resume"] * goes_on])
+            found = "finished", *what_ended(run, out)
+        except SystemExit as e:
+            if isinstance(e.__context__, FloatingPointError):           # as train.py's stop leaves it
+                found = "not finite", run._asdict() | {"ended": "not finite"}, {}
+            elif e.code == 128 + signal.SIGTERM:
+                return "stopped", "", None
+            else:
+                return "failed", e.code if isinstance(e.code, str) else last_line(log_of(out)), None
+        except Exception as e:      # of any kind, such as a full GPU: it must only end this run
+            traceback.print_exc()
+            return "failed", f"{type(e).__name__}: {e}", None
+    for name in LARGE:
+        empty(out / name)
+    return found
 
+def work(pipe):
+    """A process that runs what it is sent. What was compiled for an entry serves its next run as well. After
+    a failure it ends, for there may be something left of it, on the GPU for one."""
+    os.setsid()                     # Ctrl-C is for the parent, which asks this process to stop
+    entry = None
+    with contextlib.suppress(EOFError, BrokenPipeError):        # the parent has closed the pipe, or is gone
+        while True:
+            run, argv, out = pipe.recv()
+            if run.entry != entry:
+                torch.compiler.reset()
+            entry = run.entry
+            found = run_one(run, argv, out)
+            pipe.send(found)
+            if found[0] in ("stopped", "failed"):
+                return
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+class Worker:
+    def __init__(self):
+        context = get_context("spawn")              # CUDA does not survive a fork
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=work, args=(other,))
+        self.process.start()
+        other.close()                               # so that its end shows, in whatever way it ends
+        self.run = self.entry = None
+
+    def begin(self, run, argv, out):
+        self.run, self.entry = run, run.entry
+        self.pipe.send((run, argv, out))
+
+    def result(self):
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            self.process.join()
+            return "failed", f"its process ended with code {self.process.exitcode}", None
+
+def next_run(todo, worker, busy):
+    """The first of those that need the least compilation: of the entry that the worker had, or else of one
+    that no other worker has."""
+    taken = {other.entry for other in busy}
+    return min(todo, key=lambda run: (run.entry != worker.entry, run.entry in taken))
+
+def said(run, row, a):
+    if row["ended"] != "finished":
+        return f"{run}: {row['ended']}"
+    metrics = "  ".join(f"{name} {shown(row[name], name)}" for name in metrics_of(a.cell.task))
+    return f"{run}: {metrics}  ({row['train_seconds'] + row['eval_seconds']:.0f} s)"
+
+def run_all(a, deadline):
+    """Run what is missing, on a.workers processes, until time.monotonic() is `deadline` or a signal comes.
+    -> {Run: why it failed}"""
+    files = write_rows(a)
+    rows = read_table(a.csv)
+    of_plan = dict(plan=a.plan, select=a.select, task=a.cell.task, flags=shlex.join(a.shared),
+                   validation=a.validation_rows)
+    asked = []
+
+    def ask(number, frame):
+        asked.append(number)
+        signal.signal(number, signal.SIG_DFL)       # a second one ends this process at once
+    handlers = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    failed, idle, busy, stopped = {}, [], [], False
+    try:
+        while True:
+            late = bool(asked) or time.monotonic() >= deadline
+            runs = known_runs(rows, a)
+            todo = [r for r in runs if r not in rows and r not in failed and r not in {w.run for w in busy}]
+            idle = [worker for worker in idle if worker.process.is_alive()]
+            while todo and len(busy) < a.workers and not late:
+                worker = idle.pop() if idle else Worker()
+                run = next_run(todo, worker, busy)
+                todo.remove(run)
+                out = a.out / re.sub("[^a-z0-9.+]+", "-", str(run))
+                worker.begin(run, [*a.shared, *files[run.phase], *run.flags()], out)
+                busy.append(worker)
+            if late and not stopped:
+                for worker in busy:
+                    worker.process.terminate()      # train.py saves a checkpoint
+                stopped = True
+            if not busy:
+                return failed
+            ready = connection.wait([w.pipe for w in busy], timeout=0.2)
+            for worker in [w for w in busy if w.pipe in ready]:
+                busy.remove(worker)
+                how, row, outcomes = worker.result()
+                if how in ("finished", "not finite"):
+                    idle.append(worker)
+                    row |= of_plan
+                    rows = add_row(a.csv, worker.run, row, outcomes)
+                    print(f"{len(rows):4d}  {said(worker.run, row, a)}", flush=True)
+                elif how == "failed" and not stopped:
+                    failed[worker.run] = row
+                    print(f"      {worker.run}: failed: {row}", flush=True)
+                worker.run = None
+    finally:
+        for worker in busy:                         # there are some after an error only
+            worker.process.terminate()
+        for worker in idle + busy:
+            worker.pipe.close()                     # that ends it
+            worker.process.join()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+# ------------------------------------------------------------------------------------------------------------
+# the command
+
+def make_parser():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("--entries", nargs="+", default=ENTRIES, metavar="FLAGS", help="a method, perhaps with flags of it, "
+        "each in quotes (default: the four, the rules, the routes and the controls)")
+    add("--lrs", type=float, nargs="+", help="rates of the full expert to choose from (default: train.py's)")
+    add("--lora-lrs", type=float, nargs="+", help="rates of LoRA experts, likewise (default: train.py's)")
+    add("--lr-seed", type=int, default=0, help="of the runs that choose (default: 0)")
+    add("--select", metavar="METRIC", help="that chooses (default: the first that the task reports)")
+    add("--validation", type=int, metavar="N", help="training rows that choose rates (default: "
+        "a tenth; facts: half)")
+    add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the tested runs (default: 1 2 3)")
+    add("--workers", type=int, default=1, metavar="N", help="runs side by side (default: 1)")
+    add("--until", type=float, default=math.inf, metavar="SECONDS", help="then begin no run, and stop those "
+        "that there are, at a checkpoint (default: never)")
+    add("--csv", type=Path, default=Path("runs/compare.csv"), help="the table (default: %(default)s)")
+    add("--out", type=Path, default=Path("runs/compare"), help="for the runs (default: %(default)s)")
+    add("--metrics", nargs="+", help="of the report (default: those that the task reports)")
+    add("--report", nargs="+", type=Path, metavar="CSV", help="write the report of these tables; run nothing")
+    return p
+
+def flags_given(argv):
+    """-> the names of the flags of train.py in argv"""
+    p = train.make_parser()
+    p.set_defaults(**dict.fromkeys(vars(p.parse_args([]))))
+    return {name for name, value in vars(p.parse_args(argv)).items() if value is not None}
+
+def as_flags(names):
+    return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
+
+def parse_args(argv):
+    """-> the flags, with what follows from them: shared (what stands behind --), cell (all flags of train.py
+    that it means), plan (a digest of what the runs of a table have in common). Wrong usage exits with 2."""
+    p = make_parser()
+    cut = argv.index("--") if "--" in argv else len(argv)
+    a, shared = p.parse_args(argv[:cut]), argv[cut + 1:]
+    if a.report:
+        return a
+    wrong = flags_given(shared) & OF_THIS_PROGRAM
+    if wrong:
+        p.error(f"{as_flags(wrong)}: not for all runs, this program gives it to each")
+    for entry in a.entries:
+        words = shlex.split(entry)
+        if not words or words[0] not in METHODS:
+            p.error(f"--entries {entry!r}: an entry begins with a method, one of {' '.join(METHODS)}")
+        wrong = flags_given(["--method", *words]) - OF_ENTRIES
+        if wrong:
+            p.error(f"--entries {entry!r}: {as_flags(wrong)} cannot differ between entries")
+        train.parse_args([*shared, "--method", *words])                     # exits if that makes no sense
+    a.shared, a.cell = shared, train.parse_args(shared)
+    task = TASKS[a.cell.task]
+    a.entries = in_order(a.entries)
+    a.lrs = a.lrs or [a.cell.lr]
+    a.lora_lrs = a.lora_lrs or [a.cell.lora_lr]
+    a.select = a.select or task.report[0]
+    for metric in [a.select, *(a.metrics or [])]:
+        if metric not in metrics_of(a.cell.task):
+            p.error(f"{metric!r} is no metric of rows of {a.cell.task}: there are "
+                    f"{', '.join(metrics_of(a.cell.task))}")
+    for name in ("workers", "validation"):
+        if getattr(a, name) is not None and getattr(a, name) < 1:
+            p.error(f"--{name} must be at least 1")
+    if a.cell.eval_data == TENTH:
+        p.error(f"--task {a.cell.task} wants --eval-data here: which tenth is kept goes by the seed")
+    same = a.cell.eval_data == a.cell.data
+    if task.tests_training_rows and not same:
+        p.error(f"--eval-data {a.cell.eval_data}: {a.cell.task} is measured on the rows that train")
+    if same and not task.tests_training_rows and a.cell.data not in ("toy", "hub"):
+        p.error(f"--eval-data {a.cell.eval_data}: those are the rows that train")
+    a.validation_rows = (a.validation or "default") if searches(a) else 0
+    a.plan = digest(shared, a.select, a.validation_rows, a.lr_seed)
+    a.out = a.out / a.plan
+    return a
+
+def main(argv=None):
+    a = parse_args(sys.argv[1:] if argv is None else argv)
+    escape_unprintable()
+    try:
+        if a.report:
+            for path in a.report:
+                print(f"## {path.stem}\n\n{report(path, a.metrics)}")
+            return
+        deadline = time.monotonic() + a.until
+        rows = read_table(a.csv)
+        refuse_another_plan(rows, a)
+        a.csv.parent.mkdir(parents=True, exist_ok=True)
+        for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):   # of a worker, which inherits them
+            os.environ.setdefault(name, str(max(1, os.cpu_count() // a.workers)))
+        failed = run_all(a, deadline)
+        rows = read_table(a.csv)
+        missing = [run for run in known_runs(rows, a) if run not in rows]
+        if failed:
+            stop(f"{len(failed)} runs failed, their logs are in {a.out}; the same command tries them again")
+        if missing:
+            print(f"stopped: {len(missing)} or more runs are missing; the same command goes on")
+            return
+        print(f"\n{report(a.csv, a.metrics)}")
+    except (ValueError, OSError) as e:
+        stop(e)
 
 if __name__ == "__main__":
-    main()
+    with quiet_ends():
+        main()

@@ -12,6 +12,7 @@ LESSONS = {         # what the lines above each of them show
     "always_full": "the control for all rules. What the full expert alone can reach is hard to beat here.",
     "always_lora": "the other control. Rank 4 holds the change of rank 2, but not the dense one.",
     "random": "a coin lets both layers learn as well. A rule is worth something where it beats the coin.",
+    "even": "all scores tie, so the first expert, the full one, moves. The softmax route moves both.",
 }
 
 def learn(score, steps=240, d=64, seed=0):

@@ -102,6 +102,7 @@ def test_a_verdict_and_a_result_in_the_files_are_one_level():
     verdict = Verdict({"a": 1.0}, {"a: of b": 0.5}, {"odd": True}, "no such table")
     assert list(record(verdict).items()) == [("a", 1.0), ("a: of b", 0.5), ("# odd", True),
                                              ("error", "no such table")]
+    assert record(Verdict({"b": (6.0, 4)}, {}, {})) == {"b": 1.5, "# n of b": 4}
     assert record(Verdict({}, {}, {}, "")) == {"error": ""} and record(Verdict({}, {}, {})) == {}
     value = {"value": 1.0, "n": 1, "low": 1.0, "high": 1.0}
     result = {"metrics": {"a": value}, "counts": {"odd": 3}, "seconds": 2.5}

@@ -192,7 +192,7 @@ def test_scores_by_hand(kind):
     want = {"epd": 0.25 / n * sum(a * a / (math.sqrt(b) + 1e-3) for a, b in zip(m, v)),
             "pfn": math.sqrt(sum((a / (math.sqrt(b) + 1e-3)) ** 2 for a, b in zip(m, v)) / n),
             "snr": sum(a * a for a in m) / sum(v),
-            "always_full": float(e.kind == "full"), "always_lora": float(kind == "lora")}
+            "always_full": float(e.kind == "full"), "always_lora": float(kind == "lora"), "even": 0.0}
     u = [a / (b.sqrt() + 1e-3) for a, b in zip(e.m_before, e.v_before)]
     moved = [1.5 * (u[1] @ e.w[0] + e.w[1] @ u[0])] if kind == "lora" else u
     norm = math.sqrt(sum(x ** 2 for t in moved for x in t.flatten().tolist()))

@@ -939,6 +939,25 @@ def test_a_log_that_cannot_be_written_names_the_last_whole_checkpoint(tmp_path, 
         main("--limit", 16, "--epochs", 3, "--batch-size", 4, "--save-every", 5, "--out", tmp_path)
 
 
+def test_without_before_the_model_is_evaluated_once_also_by_a_resumed_run(tmp_path, monkeypatch, capsys):
+    asked = []
+    evaluate = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *args: asked.append(1) or evaluate(*args))
+    main("--limit", 8, "--epochs", 1, "--out", tmp_path / "whole")
+    assert len(asked) == 2 and "before     after" in capsys.readouterr().out
+    main("--limit", 8, "--epochs", 1, "--no-before", "--out", tmp_path / "after")
+    assert len(asked) == 3 and "  before  " not in capsys.readouterr().out
+    whole, after = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "after"))
+    assert list(whole) == ["before", *after] and whole["after"]["ES"] == after["after"]["ES"]
+    stopped_run(tmp_path, "--limit", 16, "--no-before")
+    assert not (tmp_path / "run" / "before.json").exists()
+    main("--resume", "--out", tmp_path / "run")
+    assert len(asked) == 4
+    with pytest.raises(SystemExit) as e:
+        main("--eval-only", tmp_path / "run", "--no-before")
+    assert e.value.code == 2 and "evaluates what there is" in capsys.readouterr().err
+
+
 def test_a_diverged_run_names_no_half_file_as_its_checkpoint(tmp_path):
     class Cut(Checkpoints):
         def save(self, step, history):

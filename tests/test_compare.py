@@ -1,0 +1,330 @@
+"""bench/compare.py and bench/table.py: intervals against formulas, and small plans on the toy."""
+import csv
+import json
+import math
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+
+import data
+from bench import compare, table
+from bench.table import BETTER, Run, add_row, best_of, interval, pack, read_table, report, resample, unpack
+
+SMALL = ["--", "--device", "cpu", "--limit", "8", "--epochs", "2"]
+PLAN = ["--entries", "fft", "molf", "--lrs", "1e-3", "1e30", "--seeds", "1"]
+CHANGES = {"train_seconds", "eval_seconds", "date", "git"}
+
+
+def small_plan(folder, *flags, plan=PLAN, cell=SMALL):
+    return [*plan, "--csv", str(folder / "small.csv"), "--out", str(folder / "runs"), *flags, *cell]
+
+
+def rows_of(folder):
+    rows = read_table(folder / "small.csv")
+    return {run: {k: v for k, v in row.items() if k not in CHANGES} for run, row in rows.items()}
+
+
+# ------------------------------------------------------------------------------------------------- statistics
+
+@pytest.mark.parametrize("values", [[1.0], [0.0, 1.0] * 37, [0.0, 0.0], [float(i) for i in range(1000)],
+                                    [1 / 3, None, 2 / 3, 0, 1, 1, None] * 5])
+def test_outcomes_are_packed_without_loss(values):
+    packed = json.loads(json.dumps(pack(values)))
+    assert unpack(packed) == values
+    if len(set(values)) == 2:
+        assert len(packed["bits"]) <= len(values) / 6 + 4
+
+
+def test_predictions_give_the_value_of_each_row_and_its_weight():
+    verdicts = [{"loss": 2.0, "# n of loss": 3, "exact match": 1.0, "# odd": True},
+                {"loss": 1.0, "# n of loss": 1, "error": "none"}]
+    outcomes = table.outcomes_of([{"verdict": v} for v in verdicts])
+    assert unpack(outcomes["loss"]["values"]) == [2.0, 1.0] and unpack(outcomes["loss"]["weights"]) == [3, 1]
+    assert unpack(outcomes["exact match"]["values"]) == [1.0, None]
+    assert set(outcomes) == {"loss", "exact match"}
+    sums, ns = table.sums_of([outcomes["loss"]])
+    assert (sums.sum() / ns.sum()).item() == 7 / 4
+    sums, ns = table.sums_of([outcomes["exact match"]])
+    assert sums.tolist() == [[1.0, 0.0]] and ns.tolist() == [[1.0, 0.0]]
+
+
+def side(values):
+    """[[a row's value for each row] for each seed] -> sums, ns"""
+    sums = torch.tensor(values, dtype=torch.float64)
+    return sums, torch.ones_like(sums)
+
+
+def test_an_interval_over_rows_is_that_of_the_normal_approximation():
+    a = [float(i % 4 == 0) for i in range(400)]
+    b = [float(i % 2 == 0) for i in range(400)]
+    means = resample({"a": side([a]), "b": side([b])})
+    x, low, high = interval(means["a"])
+    assert x == 0.25 and (high - low) / 2 == pytest.approx(1.96 * math.sqrt(0.25 * 0.75 / 400), rel=0.1)
+    x, low, high = interval(means["a"] - means["b"])        # paired: 100 rows of -1, 300 of 0
+    assert x == -0.25 and (high - low) / 2 == pytest.approx(1.96 * math.sqrt(0.25 * 0.75 / 400), rel=0.1)
+    same = resample({"a": side([a]), "b": side([a])})
+    assert interval(same["a"] - same["b"]) == (0, 0, 0)
+
+
+def test_an_interval_over_seeds_is_that_of_their_own_spread_for_each_side():
+    seeds = [0.1, 0.2, 0.6, 0.7]
+    means = resample({name: side([[x] * 50 for x in seeds]) for name in "ab"}, resamples=4000)
+    spread = torch.tensor(seeds).std(correction=0).item() / 2               # of the mean of four
+    assert means["a"][1:].std().item() == pytest.approx(spread, rel=0.05)
+    assert (means["a"] - means["b"])[1:].std().item() == pytest.approx(math.sqrt(2) * spread, rel=0.05)
+
+
+def test_rows_without_the_metric_and_weights_count_in_a_mean_as_in_an_evaluation():
+    sums = torch.tensor([[6.0, 0.0, 1.0]], dtype=torch.float64)
+    ns = torch.tensor([[3.0, 0.0, 1.0]], dtype=torch.float64)
+    assert resample({"a": (sums.repeat(1, 50), ns.repeat(1, 50))})["a"][0] == 7 / 4
+
+
+def test_the_better_one_is_chosen_in_each_resample():
+    """fft and lora are right on half of the rows each, but on other ones. So in most resamples one of them is
+    better than in truth, and what equals fft looks worse than the better one."""
+    fft = [float(i % 2) for i in range(200)]
+    lora = [1 - x for x in fft]
+    lines = table.difference_table({"fft": side([fft]), "lora": side([lora]), "molf": side([fft])}, "ES")
+    (line,) = [line for line in lines if BETTER in line]
+    name, x, ends, half, verdict = [cell.strip() for cell in line.strip("|").split("|")]
+    low, high = map(float, ends.split(" to "))
+    assert name == f"`molf` − {BETTER}" and x == "+0.0" and high == 0 and verdict == "open"
+    assert low == pytest.approx(-100 * 2 * 1.96 * 0.5 / math.sqrt(200), rel=0.25)
+    assert float(half) == pytest.approx(-low / 2, abs=0.1)
+
+
+@pytest.mark.parametrize("low, high, metric, verdict", [
+    (-0.014, 0.02, "ES", "yes"), (-0.016, 0.02, "ES", "open"), (-0.04, -0.016, "ES", "no"),
+    (0, 0, "ES", "open"), (-0.02, 0.014, "recalls true", "yes"), (0.016, 0.02, "recalls true", "no"),
+    (-0.1, 0.1, "loss", "")])
+def test_within_the_margin(low, high, metric, verdict):
+    assert table.within(low, high, metric) == verdict
+
+
+# ------------------------------------------------------------------------------------------------- plans
+
+def test_the_choice_of_a_rate():
+    runs = [Run("lr", "fft", lr, None, 0) for lr in (1e-4, 1e-3, 1e-2)]
+    rows = {run: {"ended": "finished", "ES": es, "loss": loss}
+            for run, es, loss in zip(runs, ("0.5", "0.9", "0.9"), ("3", "2", "1"))}
+    assert best_of(runs, rows, "ES") == runs[1]             # equal: the lower rate
+    assert best_of(runs, rows, "loss") == runs[2]
+    assert table.search_lines(rows, "loss") == ["- fft: 0.0001: 3.000, 0.001: 2.000, **0.01: 1.000**; the "
+                                                "choice is at an end of the grid"]
+    rows[runs[1]] = rows[runs[2]] = {"ended": "not finite"}
+    assert best_of(runs, rows, "ES") == runs[0] and best_of(runs[1:], rows, "ES") is None
+
+
+def test_where_an_entry_has_its_rates_from():
+    entries = compare.ENTRIES
+    assert table.sources("molf --score align", entries) == table.sources("lora --rest train", entries) == \
+        table.sources("molf", entries) == ("fft", "lora")
+    assert table.sources("lora", entries) == (None, "lora") and table.sources("fft", entries) == ("fft", None)
+    assert table.sources("molf-e", entries) == (None, "molf-e")
+    entries = ["lora --ranks 4", "molf --ranks 4", "lora --ranks 4 --rest train"]
+    assert table.sources("molf --ranks 4", entries) == ("fft", "lora --ranks 4")
+
+
+def test_the_runs_of_a_plan_are_those_of_a_search_and_then_those_of_its_choice():
+    argv = ["--lrs", "1e-3", "3e-3", "--lora-lrs", "1e-3", "--entries", "molf", "molf-e", *SMALL]
+    a = compare.parse_args(argv)
+    search = [Run("lr", "fft", lr, None, 0) for lr in (1e-3, 3e-3)]
+    tests = [Run("test", "molf-e", None, 1e-3, seed) for seed in (1, 2, 3)]
+    assert compare.known_runs({}, a) == search + tests      # LoRA's grid has one rate
+    rows = {run: {"ended": "finished", "ES": es} for run, es in zip(search, ("0.1", "0.2"))}
+    assert compare.known_runs(rows, a) == search + [
+        Run("test", "molf", 3e-3, 1e-3, seed) for seed in (1, 2, 3)] + tests
+
+
+def test_a_worker_goes_on_with_its_entry_or_takes_one_that_nobody_has():
+    class Busy:
+        def __init__(self, entry):
+            self.entry = entry
+    todo = [Run("test", entry, 1.0, 1.0, 1) for entry in ("molf", "molf --score snr", "molf-e")]
+    assert compare.next_run(todo, Busy("molf-e"), [Busy("molf")]) == todo[2]
+    assert compare.next_run(todo, Busy(None), [Busy("molf")]) == todo[1]
+    assert compare.next_run(todo[:1], Busy(None), [Busy("molf")]) == todo[0]
+
+
+@pytest.mark.parametrize("task", ["fact", "med", "sql"])
+def test_the_rows_that_choose_are_not_those_that_test(task, tmp_path):
+    cell = ["--device", "cpu", "--task", task]
+    a = compare.parse_args(["--lrs", "1", "2", "--out", str(tmp_path), "--", *cell])
+    files = compare.write_rows(a)
+    texts = {}
+    for phase, (_, train_file, _, asked) in files.items():
+        rows, _ = data.load_rows(task, "train", train_file)
+        questions, _ = data.load_rows(task, "test", asked)
+        texts[phase] = [{json.dumps(row, sort_keys=True) for row in x} for x in (rows, questions)]
+    (lr_train, lr_asked), (test_train, test_asked) = texts["lr"], texts["test"]
+    assert not lr_asked & test_asked and not lr_asked & test_train and not lr_train & test_asked - test_train
+    whole, _ = data.load_rows(task, "train", "toy")
+    kept = {json.dumps(row, sort_keys=True) for row in whole}
+    if task == "fact":
+        assert lr_train == lr_asked and test_train == test_asked and lr_asked | test_asked == kept
+        assert len(lr_asked) == len(test_asked) == 160
+    else:
+        assert lr_train == test_train and lr_train | lr_asked == kept and len(lr_asked) == 60
+        assert not lr_train & lr_asked and files["test"][3] == "toy"
+    assert compare.write_rows(a) == files
+
+
+# ------------------------------------------------------------------------------------------------ whole plans
+
+@pytest.fixture(scope="module")
+def one_worker(tmp_path_factory):
+    """A plan that has ended: of its three runs that choose, one was not finite."""
+    folder = tmp_path_factory.mktemp("one")
+    compare.main(small_plan(folder))
+    return folder
+
+
+def test_a_plan_leaves_a_table_and_the_outcome_of_each_row(one_worker, capsys):
+    rows = rows_of(one_worker)
+    ended = {str(run): row["ended"] for run, row in rows.items()}
+    assert ended == {"lr, fft, lr 0.001, seed 0": "finished", "lr, fft, lr 1e+30, seed 0": "not finite",
+                     "test, fft, lr 0.001, seed 1": "finished",
+                     "test, molf, lr 0.001, lora-lr 0.001, seed 1": "finished"}
+    outcomes = table.read_outcomes(one_worker / "small.csv")
+    for run, row in rows.items():
+        if row["ended"] == "finished":
+            assert row["rows"] == row["eval_rows"] == "4" and 0 <= float(row["first_share"] or 0) <= 1
+            for metric in ("ES", "PS", "NS", "accuracy"):
+                values = unpack(outcomes[run][metric]["values"])
+                assert len(values) == 4 and sum(values) / 4 == pytest.approx(float(row[metric]))
+    assert not list(one_worker.rglob("model.safetensors"))
+    compare.main(["--report", str(one_worker / "small.csv"), "--metrics", "ES"])
+    text = capsys.readouterr().out
+    assert "- fft: **0.001: " in text and "1e+30: not finite" in text
+    assert "| `fft` | 0.001 |  | " in text and "| PS |" not in text
+
+
+def test_what_has_ended_does_not_run_again(one_worker, monkeypatch, tmp_path, capsys):
+    """Only the table and the file beside it have travelled."""
+    for file in one_worker.glob("small.*"):
+        shutil.copy(file, tmp_path)
+    monkeypatch.setattr(compare, "Worker", None)
+    compare.main(small_plan(tmp_path))
+    assert "| `molf` | 0.001 | 0.001 |" in capsys.readouterr().out
+    assert rows_of(tmp_path) == rows_of(one_worker)
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on_with_two_workers_as_with_one(
+        one_worker, tmp_path, capsys):
+    argv = small_plan(tmp_path, "--workers", "2")
+    blocked = compare.parse_args(argv).out / "test-fft-lr-0.001-seed-1"
+    blocked.parent.mkdir(parents=True)
+    blocked.write_text("no directory")
+    with pytest.raises(SystemExit) as e:
+        compare.main(argv)
+    assert e.value.code.startswith("error: 1 runs failed")
+    said = capsys.readouterr().out
+    assert f"test, fft, lr 0.001, seed 1: failed: error: --out {blocked}: {blocked} is not a dir" in said
+    want = rows_of(one_worker)
+    want.pop(Run("test", "fft", 1e-3, None, 1))
+    assert rows_of(tmp_path) == want
+
+
+def test_a_worker_that_dies_loses_its_run_alone():
+    worker = compare.Worker()
+    os.kill(worker.process.pid, signal.SIGKILL)
+    assert worker.result() == ("failed", "its process ended with code -9", None)
+
+
+def test_after_until_nothing_begins_and_what_runs_is_stopped_and_goes_on_later(tmp_path, monkeypatch, capsys):
+    plan, cell = ["--entries", "fft", "--seeds", "1"], [*SMALL[:-1], "60"]
+    argv = small_plan(tmp_path, plan=plan, cell=cell)
+    compare.main(["--until", "0", *argv])
+    assert "1 or more runs are missing" in capsys.readouterr().out and not (tmp_path / "small.csv").exists()
+    out = compare.parse_args(argv).out / "test-fft-lr-0.001-seed-1"
+
+    class Clock:        # time is over when the training has begun
+        def monotonic():
+            return 100 if (out / "log.jsonl").exists() and (out / "log.jsonl").read_text() else 0
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "time", Clock)
+        compare.main(["--until", "50", *argv])
+    assert "1 or more runs are missing" in capsys.readouterr().out and rows_of(tmp_path) == {}
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    step = int(checkpoint.stem.rpartition("-")[2])
+    assert 0 < step < 60
+    compare.main(argv)
+    assert len(rows_of(tmp_path)) == 1 and not list(out.glob("checkpoints/*"))
+    assert f"going on behind step {step}" in out.with_name(out.name + ".txt").read_text()
+
+
+# ------------------------------------------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize("argv, message", [
+    (["--entries", "sgd", *SMALL], "an entry begins with a method"),
+    (["--entries", "molf --lr 1", *SMALL], "--lr cannot differ between entries"),
+    (["--entries", "molf --score best", *SMALL], "invalid choice: 'best'"),
+    (["--entries", "fft --ranks 4", *SMALL], "fft has no LoRA expert"),
+    ([*SMALL, "--seed", "1", "--resume"], "--resume, --seed: not for all runs"),
+    (["--select", "BLEU", *SMALL], "'BLEU' is no metric of rows of fact: there are ES, PS, NS, accuracy"),
+    (["--metrics", "perplexity", "--", "--task", "text", "--data", __file__, "--eval-data", "x"],
+     "'perplexity' is no metric of rows of text"),
+    (["--", "--task", "text", "--data", __file__], "--task text wants --eval-data here"),
+    (["--", "--task", "med", "--data", __file__, "--eval-data", __file__], "those are the rows that train"),
+    (["--", "--data", __file__, "--eval-data", "toy"], "fact is measured on the rows that train"),
+    (["--workers", "0", *SMALL], "--workers must be at least 1")])
+def test_a_wrong_plan_is_refused_before_it_begins(argv, message, capsys):
+    with pytest.raises(SystemExit) as e:
+        compare.main(argv)
+    assert e.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_table_of_another_plan_is_refused(one_worker, tmp_path):
+    path = tmp_path / "small.csv"
+    for change in (["--limit", "6"], ["--batch-size", "4"]):
+        with pytest.raises(SystemExit) as e:
+            compare.main([*small_plan(one_worker), *change])
+        assert "holds the runs of another plan, -- --device cpu --limit 8 --epochs 2" in e.value.code
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(SystemExit, match="is no table of such runs: no 'phase'"):
+        compare.main(small_plan(tmp_path))
+    with pytest.raises(SystemExit, match="error: .*none.csv has no runs yet"):
+        compare.main(["--report", str(tmp_path / "none.csv")])
+    with pytest.raises(SystemExit, match="of 8 rows 8 are for validation"):
+        compare.main([*small_plan(tmp_path / "new", "--validation", "8")])
+
+
+def test_a_report_refuses_what_cannot_be_compared(one_worker, tmp_path):
+    with pytest.raises(SystemExit, match="no outcomes of 'BLEU' of test, fft, .*; there are ES, PS, NS"):
+        compare.main(["--report", str(one_worker / "small.csv"), "--metrics", "BLEU"])
+    for file in one_worker.glob("small.*"):
+        shutil.copy(file, tmp_path)
+    path = tmp_path / "small.csv"
+    rows = list(csv.reader(path.open(newline="")))
+    place = rows[0].index("inputs")
+    rows[-1][place] = "other"
+    with path.open("w", newline="") as f:
+        csv.writer(f).writerows(rows)
+    with pytest.raises(ValueError, match="other rows or another model"):
+        report(path)
+
+
+def test_a_report_by_hand(tmp_path):
+    """ES of four rows: fft 3 and 1 of them, lora 2 twice, molf 4 and 3. Half of the steps went to its full
+    expert with the first seed and all with the second."""
+    path = tmp_path / "hand.csv"
+    right = {"fft": (3, 1), "lora": (2, 2), "molf": (4, 3)}
+    for entry, hits in right.items():
+        for seed, n in enumerate(hits, 1):
+            lr, lora_lr = [1e-3 if x else None for x in table.sources(entry, right)]
+            run = Run("test", entry, lr, lora_lr, seed)
+            row = run._asdict() | dict(
+                ended="finished", plan="p", select="ES", task="fact", flags="--limit 4", inputs="i", rows=4,
+                eval_rows=4, torch="2", gpu="", git="", ES=n / 4,
+                first_share=seed / 2 if entry == "molf" else None)
+            values = {"ES": {"values": pack([float(i < n) for i in range(4)])}}
+            add_row(path, run, row, values)
+    text = report(path, ["ES"])
+    assert "| `fft` | 0.001 |  | 50.0 ± 35.4 |  | 2 |" in text
+    assert "| `lora` |  | 0.001 | 50.0 ± 0.0 |  | 2 |" in text
+    assert "| `molf` | 0.001 | 0.001 | 87.5 ± 17.7 | 75% | 2 |" in text
+    assert f"| `molf` − {BETTER} | +37.5 | " in text and "`molf-e`" not in text
