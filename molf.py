@@ -101,20 +101,24 @@ def snr(e):
 def align(e):
     """Does the direction learnt from earlier batches help on this one? By how much, for its length in W_eff?
     S = g.u / |dW(u)| with u = m / (sqrt(v) + eps) from before this gradient. A step against u lowers the
-    loss if g.u > 0. For LoRA dW = s (u_B A + B u_A). The norm of dW needs r x r matrices only, because
-    |u_B A|^2 = tr(u_B^T u_B A A^T), the sum over (u_B^T u_B) * (A A^T). At the first step all tie."""
+    loss if g.u > 0. At the first step all tie."""
     u = [m / (v.sqrt() + e.eps) for m, v in zip(e.m_before, e.v_before)]
     gain = total(g * x for g, x in zip(e.g, u))
+    return gain / (movement(e, u) + 1e-30)
+
+def movement(e, u):
+    """|dW(u)|, 0-d: how far W_eff moves with a small step u, which has a direction for each of e.w. For LoRA
+    dW = s (u_B A + B u_A). Its norm needs r x r matrices only, because |u_B A|^2 = tr(u_B^T u_B A A^T), the
+    sum over (u_B^T u_B) * (A A^T)."""
     if e.kind == "full":
-        square = total(x.square() for x in u)
-    else:
-        a, b = e.w
-        u_a, u_b = u
-        first = (u_b.T @ u_b) * (a @ a.T)               # sums to |u_B A|^2
-        last = (b.T @ b) * (u_a @ u_a.T)                # sums to |B u_A|^2
-        mixed = (u_b.T @ b) * (a @ u_a.T)               # sums to the inner product of u_B A and B u_A
-        square = e.scale ** 2 * (first + last + 2 * mixed).sum()
-    return gain / (square.clamp_min(0).sqrt() + 1e-30)
+        return total(x.square() for x in u).sqrt()
+    a, b = e.w
+    u_a, u_b = u
+    first = (u_b.T @ u_b) * (a @ a.T)                   # sums to |u_B A|^2
+    last = (b.T @ b) * (u_a @ u_a.T)                    # sums to |B u_A|^2
+    mixed = (u_b.T @ b) * (a @ u_a.T)                   # sums to the inner product of u_B A and B u_A
+    square = e.scale ** 2 * (first + last + 2 * mixed).sum()
+    return square.clamp_min(0).sqrt()
 
 def always_full(e):
     """Control: with topk the full expert moves at every step."""

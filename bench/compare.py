@@ -48,6 +48,7 @@ import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import train  # noqa: E402
+from bench.candidates import CANDIDATES  # noqa: E402
 from bench.table import (METHODS, Run, add_row, best_of, in_order, method_of, metrics_of,  # noqa: E402
                          outcomes_of, rate, read_table, report, searched, shown, sources)
 from data import TASKS, load_rows  # noqa: E402
@@ -193,6 +194,7 @@ def work(pipe):
     """A process that runs what it is sent. What was compiled for an entry serves its next run as well. After
     a failure it ends, for there may be something left of it, on the GPU for one."""
     os.setsid()                     # Ctrl-C is for the parent, which asks this process to stop
+    train.SCORES.update(CANDIDATES)
     entry = None
     with contextlib.suppress(EOFError, BrokenPipeError):        # the parent has closed the pipe, or is gone
         while True:
@@ -373,6 +375,7 @@ def parse_args(argv):
     return a
 
 def main(argv=None):
+    train.SCORES.update(CANDIDATES)
     a = parse_args(sys.argv[1:] if argv is None else argv)
     escape_unprintable()
     try:

@@ -10,12 +10,21 @@ import pytest
 import torch
 
 import data
+import train
 from bench import compare, table
 from bench.table import BETTER, Run, add_row, best_of, interval, pack, read_table, report, resample, unpack
 
 SMALL = ["--", "--device", "cpu", "--limit", "8", "--epochs", "2"]
 PLAN = ["--entries", "fft", "molf", "--lrs", "1e-3", "1e30", "--seeds", "1"]
 CHANGES = {"train_seconds", "eval_seconds", "date", "git"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def other_tests_know_no_candidates():
+    before = dict(train.SCORES)
+    yield
+    train.SCORES.clear()
+    train.SCORES.update(before)
 
 
 def small_plan(folder, *flags, plan=PLAN, cell=SMALL):

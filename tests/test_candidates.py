@@ -1,0 +1,63 @@
+"""bench/candidates.py against the same scores by other means: whole matrices, NumPy's norms, no shortcut."""
+import numpy as np
+import pytest
+import torch
+
+from bench.candidates import CANDIDATES
+from molf import Expert
+
+EPS = 1e-8
+
+
+def expert(kind, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    shapes = [(5, 7), (5,)] if kind == "full" else [(3, 7), (5, 3)]
+    draw = lambda: [torch.randn(s, generator=rng, dtype=torch.float64) for s in shapes]
+    square = lambda: [x.square() + 0.1 for x in draw()]
+    w = draw()
+    return Expert(kind, w, w, draw(), draw(), square(), draw(), square(), w[0], torch.tensor([3e-4] + [0.0] * 5),
+                  (0.9, 0.999), EPS, 1.0 if kind == "full" else 2.5)
+
+
+def flat_of(tensors):
+    return np.concatenate([x.numpy().ravel() for x in tensors])
+
+
+def change_of_weight(e, u):
+    """By a finite step along u: what the folded weight (and the bias) does."""
+    if e.kind == "full":
+        return flat_of(u)
+    (a, b), (u_a, u_b), h = [x.numpy() for x in e.w], [x.numpy() for x in u], 1e-6
+    return e.scale * ((b + h * u_b) @ (a + h * u_a) - b @ a).ravel() / h
+
+
+def by_other_means(name, e):
+    u_new = [m / (v.sqrt() + EPS) for m, v in zip(e.m, e.v)]
+    u_old = [m / (v.sqrt() + EPS) for m, v in zip(e.m_before, e.v_before)]
+    g, m, old, new = flat_of(e.g), flat_of(e.m), flat_of(u_old), flat_of(u_new)
+    return {
+        "gain": 3e-4 * g @ old,
+        "trend": m @ old / np.linalg.norm(change_of_weight(e, u_old)),
+        "fisher": g @ old / np.linalg.norm(np.sqrt(flat_of(e.v_before)) * old),
+        "flat": m @ new / np.sqrt(flat_of(e.v)).sum(),
+        "pace": m @ new / np.linalg.norm(change_of_weight(e, u_new)),
+    }[name]
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("name", CANDIDATES)
+def test_a_candidate_is_what_it_says(name, kind):
+    e = expert(kind)
+    assert CANDIDATES[name](e).item() == pytest.approx(by_other_means(name, e), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["flat", "pace", "fisher", "trend"])
+def test_a_candidate_does_not_depend_on_the_learning_rate(name):
+    e = expert("lora")
+    assert CANDIDATES[name](e._replace(rates=10 * e.rates)) == CANDIDATES[name](e)
+
+
+def test_flat_does_not_depend_on_the_size_of_gradients():
+    e = expert("lora")
+    larger = e._replace(m=[100 * m for m in e.m], v=[1e4 * v for v in e.v])
+    assert CANDIDATES["flat"](larger).item() == pytest.approx(CANDIDATES["flat"](e).item(), rel=1e-6)
