@@ -435,20 +435,20 @@ class MoLFLinear(nn.Linear):
 
         experts that train          `weight` is     W is in         forward pass
         W and LoRA: folded          W_eff           `full`, fp32    x weight^T
-        LoRA, or with dropout       W               `weight`        x W^T + sum s dropout(x) A^T B^T
+        LoRA, or not folded         W               `weight`        x W^T + sum s dropout(x) A^T B^T
         W alone                     W               `weight`        x W^T
 
     unfold and fold carry gradients out of a folded layer and new weights into it. In the other forms
     autograd gives all gradients, and a frozen W has no full-size gradient. The bias belongs to the full
     expert. A and B have the model's dtype; the optimizer keeps fp32 masters of all that trains in bf16."""
 
-    def __init__(self, linear, ranks, alpha, full, dropout):
+    def __init__(self, linear, ranks, alpha, full, dropout, fold):
         nn.Module.__init__(self)                # not nn.Linear's, which would make a new weight
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.weight = linear.weight
         self.bias = linear.bias
-        self.folded = bool(full and ranks and not dropout)
+        self.folded = bool(fold and full and ranks and not dropout)
         self.ranks = tuple(ranks)
         self.dropout = dropout
         self.scales = [alpha / math.sqrt(r) for r in ranks]
@@ -505,14 +505,16 @@ def molf_layers(model):
     """-> [(name, MoLFLinear)]"""
     return [(name, m) for name, m in model.named_modules() if isinstance(m, MoLFLinear)]
 
-def add_experts(model, ranks=(128,), alpha=32, full=True, dropout=0.0, targets=TARGETS, train_rest=None):
+def add_experts(model, ranks=(128,), alpha=32, full=True, dropout=0.0, targets=TARGETS, train_rest=None,
+                fold=True):
     """Put experts into every nn.Linear of `model`, any nn.Module, whose last name is one of `targets`.
 
         fft:  add_experts(m, ranks=())              lora:   add_experts(m, full=False)
         molf: add_experts(m)                        molf-e: add_experts(m, ranks=(32, 128), full=False)
 
     train_rest: whether all else trains (embedding, norms, head, biases without a full expert). None, as in
-    the paper: the same as `full`. Move the model to its device and dtype first. -> the MoLFLinears"""
+    the paper: the same as `full`. fold=False: LoRA stays a side branch, as it does with dropout. Move the
+    model to its device and dtype first. -> the MoLFLinears"""
     if not ranks and not full:
         raise ValueError("no expert to train: give ranks, or full=True")
     if any(r < 1 for r in ranks):
@@ -524,7 +526,7 @@ def add_experts(model, ranks=(128,), alpha=32, full=True, dropout=0.0, targets=T
     for name, linear in list(model.named_modules()):
         parent, _, leaf = name.rpartition(".")
         if isinstance(linear, nn.Linear) and leaf in targets:
-            layers.append(MoLFLinear(linear, ranks, alpha, full, dropout))
+            layers.append(MoLFLinear(linear, ranks, alpha, full, dropout, fold))
             setattr(model.get_submodule(parent), leaf, layers[-1])
     if not layers:
         raise ValueError(f"the model has no nn.Linear named {', '.join(targets)}: give its names as targets")

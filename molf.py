@@ -184,6 +184,7 @@ spread = iter       # the optimizer's loops run through it; lib/fast.py puts the
 
 def adam_moments(g, m, v, beta1, beta2):
     """-> the moments after gradient g; m and v stay as they are."""
+    g = g.to(m.dtype)
     return torch.lerp(m, g, 1 - beta1), torch.addcmul(v * beta2, g, g, value=1 - beta2)
 
 def adamw(e, w, m, v):
@@ -212,7 +213,7 @@ def observe_and_score(score, e, clip, ok):
 def move(e, gate):
     """The AdamW step times gate (0-d), in place. Gate 0 keeps every bit, gate 1 is the whole step exactly."""
     for p, w, m, v in zip(e.p, e.w, e.m, e.v):
-        new = torch.lerp(w, adamw(e, w, m, v), gate)
+        new = torch.lerp(w, adamw(e, w, m, v), gate.to(w.dtype))
         w.copy_(torch.where(gate > 0, new, w))
         if p is not w:
             p.copy_(w)
@@ -239,10 +240,13 @@ class MoLFAdamW(torch.optim.Optimizer):
     step(clip=..., ok=...) takes 0-d tensors on the device and never waits for it. clip is a factor of all
     gradients (train.py: from the norm of all experts' gradients together). Where ok is False, no parameter
     and no moment changes, but steps and t are counted. Without ok, step() checks that scores are finite and
-    gates from 0 to 1. With ok the caller should check, because a NaN score only stops its module."""
+    gates from 0 to 1. With ok the caller should check, because a NaN score only stops its module.
+
+    pure_bf16 is for an experiment: no fp32 masters, and moments in the parameter's dtype. In bf16 v * 0.999
+    rounds to v again, so v never falls, and a weight loses most of its small steps."""
 
     def __init__(self, groups, lr=5e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
-                 score=epd, route=topk, top_k=1):
+                 score=epd, route=topk, top_k=1, pure_bf16=False):
         groups = [dict(g) if isinstance(g, dict) else dict(params=[g]) for g in groups]
         self.weights = [group.pop("weight", None) for group in groups]      # not for state_dict()
         routing = dict(kind="rest", module="", expert=0, scale=1.0, seed="", t=0)
@@ -255,9 +259,10 @@ class MoLFAdamW(torch.optim.Optimizer):
             if group["kind"] != "rest":
                 modules.setdefault(group["module"], []).append(i)
             for p in group["params"]:                   # the whole state now, so memory doesn't grow later
-                self.state[p]["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
-                self.state[p]["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
-                if p.dtype != torch.float32:
+                dtype = p.dtype if pure_bf16 else torch.float32
+                self.state[p]["exp_avg"] = torch.zeros_like(p, dtype=dtype)
+                self.state[p]["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype)
+                if p.dtype != dtype:
                     self.state[p]["master"] = p.detach().float()
         self.module_names = list(modules)
         n = max((len(experts) for experts in modules.values()), default=1)
@@ -391,7 +396,7 @@ class MoLFAdamW(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         for i, p in enumerate(params):                  # torch has cast the state to the parameter's dtype
             for key, value in saved[i].items():
-                self.state[p][key] = value.to(p.device, torch.float32, copy=True)
+                self.state[p][key] = value.to(p.device, copy=True)
         self.gates.copy_(state_dict["routing"]["gates"])
         self.steps.copy_(state_dict["routing"]["step"])
 

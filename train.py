@@ -109,6 +109,8 @@ def make_parser():
     add("--dtype", choices=["bfloat16", "float32"],
         help="of the weights in the forward pass; master weights and moments are always float32 (default: "
              "bfloat16 on a GPU, float32 on a CPU)")
+    add("--pure-bf16", action="store_true", help="an experiment: weights and moments in bfloat16 alone, LoRA "
+        "as a side branch, as in the code that the paper's authors published")
     add("--eager", action="store_true",
         help="on a GPU: no compilation, no CUDA graphs. Slower steps, a faster start")
     add("--save-every", type=int, default=500, metavar="N", help="steps between checkpoints (default: 500)")
@@ -212,7 +214,7 @@ def set_defaults(p, a):
     defaults["epochs"] = task.toy_epochs if toy else task.epochs
     defaults["rest"] = "train" if full else "freeze"
     defaults["world_size"] = ranks.n_ranks()
-    defaults["dtype"] = "bfloat16" if a.device.startswith("cuda") else "float32"
+    defaults["dtype"] = "bfloat16" if a.device.startswith("cuda") or a.pure_bf16 else "float32"
     for key, value in defaults.items():
         if getattr(a, key) is None:
             setattr(a, key, value)
@@ -232,6 +234,8 @@ def refuse_nonsense(p, a):
             p.error(f"--{key.replace('_', '-')} must be at least 1")
     if a.no_before and a.eval_only:
         p.error("--no-before: --eval-only evaluates what there is, and trains nothing")
+    if a.pure_bf16 and (a.dtype != "bfloat16" or a.world_size > 1 or a.dry_run):
+        p.error("--pure-bf16 wants --dtype bfloat16, and knows neither several ranks nor --dry-run")
     if a.tensorboard and not track.summary_writer():
         p.error("--tensorboard wants TensorBoard: pip install tensorboard")
     if a.batch_size < a.world_size:
@@ -451,7 +455,8 @@ def prepare(model, rows, a):
     """Put the experts in, and say what there is to do."""
     model.checkpointing = a.checkpointing
     torch.manual_seed(a.seed)                               # of A and of dropout
-    add_experts(model, a.ranks, a.alpha, a.method in ("fft", "molf"), a.dropout, train_rest=a.rest == "train")
+    add_experts(model, a.ranks, a.alpha, a.method in ("fft", "molf"), a.dropout, train_rest=a.rest == "train",
+                fold=not a.pure_bf16)
     model.eval()
     counts = count_parameters(model)
     steps = a.epochs * math.ceil(len(rows.examples) / a.batch_size)
@@ -504,7 +509,8 @@ def run(model, tokenizer, rows, inputs, a, out):
     if before:
         save_record(first_result, before)
     optimizer = MoLFAdamW(groups, score=SCORES[a.score],
-                          route=parallel.over_all_modules(ROUTES[a.route], model), top_k=a.top_k)
+                          route=parallel.over_all_modules(ROUTES[a.route], model), top_k=a.top_k,
+                          pure_bf16=a.pure_bf16)
     parallel.own_randomness(a)
     identity = digest(sorted((k, v) for k, v in vars(a).items() if k not in MAY_CHANGE), inputs)
     checkpoints = Checkpoints(out, model, optimizer, a, identity)

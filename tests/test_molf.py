@@ -312,6 +312,36 @@ def test_state_dict_round_trip_continues_bit_for_bit(options, dtype):
                for g in saved[1]["param_groups"] for v in g.values())
 
 
+def test_pure_bf16_has_the_moments_of_torch_adamw_in_bf16():
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(40, 30).bfloat16())
+    q = torch.nn.Parameter(p.detach().clone())
+    reference = torch.optim.AdamW([q], lr=1e-2, weight_decay=0.1, foreach=False)
+    optimizer = MoLFAdamW([dict(params=[p], weight_decay=0.1)], lr=1e-2, pure_bf16=True)
+    for _ in range(20):
+        p.grad = torch.randn(40, 30).bfloat16()
+        q.grad = p.grad.clone()
+        optimizer.step()
+        reference.step()
+    assert set(optimizer.state[p]) == {"exp_avg", "exp_avg_sq"}
+    for key, mine in optimizer.state[p].items():
+        assert mine.dtype == torch.bfloat16 and torch.equal(mine, reference.state[q][key])
+    torch.testing.assert_close(p, q, rtol=2 ** -6, atol=1e-2)       # a few roundings of 2^-8, and small weights
+
+
+@pytest.mark.parametrize("pure, falls", [(True, False), (False, True)])
+def test_a_second_moment_in_bf16_never_falls(pure, falls):
+    p = torch.nn.Parameter(torch.ones(8, 8, dtype=torch.bfloat16))
+    optimizer = MoLFAdamW([p], pure_bf16=pure)
+    p.grad = torch.randn(8, 8).bfloat16()
+    optimizer.step()
+    peak = optimizer.state[p]["exp_avg_sq"].clone()
+    p.grad = torch.zeros_like(p)
+    for _ in range(200):
+        optimizer.step()
+    assert (optimizer.state[p]["exp_avg_sq"] < peak).all() == falls
+
+
 def test_bf16_parameters_have_fp32_masters():
     """A step far below bf16's spacing is not lost: it adds up in the master."""
     p = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))

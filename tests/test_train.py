@@ -29,7 +29,7 @@ import molf
 import train
 from data import Tokenizer, encode
 from lib.checkpoints import Checkpoints
-from model import Packed, Transformer, add_experts, fold, unfold
+from model import Packed, Transformer, add_experts, fold, molf_layers, unfold
 from molf import MoLFAdamW, param_groups
 
 ROOT = Path(__file__).parents[1]
@@ -1264,3 +1264,33 @@ def test_a_reader_that_leaves_before_or_after_the_training_ends_a_program_in_one
     code, said = head(0, [sys.executable, *python, ROOT / "train.py", "--device", "cpu", *args,
                           "--out", tmp_path / "run"])
     assert code == 141 and said.count("\n") == 1 and said.startswith("stopped")
+
+
+def test_a_pure_bf16_run_keeps_nothing_in_fp32_and_goes_on(tmp_path):
+    flags = ["--task", "med", "--limit", "32", "--epochs", "2", "--batch-size", "8", "--pure-bf16",
+             "--no-before", "--eval-limit", "2"]
+    train.main([*flags, "--out", str(tmp_path / "whole"), "--save-every", "3", "--keep", "9"])
+    out = tmp_path / "part"
+    with pytest.MonkeyPatch.context() as patch:
+        saved = train.Checkpoints.save
+
+        def save_and_stop(self, step, history):
+            saved(self, step, history)
+            for state in self.optimizer.state.values():
+                assert all(x.dtype == torch.bfloat16 for x in state.values())
+            assert all(p.dtype == torch.bfloat16 for p in self.model.parameters())
+            assert not any(layer.folded for _, layer in molf_layers(self.model))
+            raise KeyboardInterrupt
+        patch.setattr(train.Checkpoints, "save", save_and_stop)
+        with pytest.raises(SystemExit):
+            train.main([*flags, "--out", str(out), "--save-every", "3"])
+    train.main(["--resume", "--out", str(out)])
+    one, other = (load_file(tmp_path / name / "model/model.safetensors") for name in ("whole", "part"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("flags", [["--dtype", "float32"], ["--dry-run"]])
+def test_pure_bf16_is_refused_where_it_is_not(flags, capsys):
+    with pytest.raises(SystemExit) as e:
+        train.parse_args(["--pure-bf16", *flags])
+    assert e.value.code == 2 and "--pure-bf16" in capsys.readouterr().err
