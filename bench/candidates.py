@@ -15,14 +15,14 @@ def gain(e):
     return e.lr * total(g * x for g, x in zip(e.g, u))
 
 def trend(e):
-    """align with the mean of the last batches' gradients in the place of this one's: S = m.u / |dW(u)|, with u
-    from before. Less noise, but u has seen most of these gradients."""
+    """align with the mean of the last batches' gradients in the place of this one's: S = m.u / |dW(u)|, with
+    u from before. Less noise, but u has seen most of these gradients."""
     u = direction(e, e.m_before, e.v_before)
     return total(m * x for m, x in zip(e.m, u)) / (movement(e, u) + 1e-30)
 
 def fisher(e):
-    """Gain for each unit of movement, which Fisher's information weighs: S = g.u / sqrt(sum v u^2). This is as
-    well how many standard deviations g.u lies above 0, if entries of g are independent with variance v."""
+    """Gain for each unit of movement, which Fisher's information weighs: S = g.u / sqrt(sum v u^2). This is
+    also how many standard deviations g.u lies above 0, if entries of g are independent with variance v."""
     u = direction(e, e.m_before, e.v_before)
     square = total(v * x.square() for v, x in zip(e.v_before, u))
     return total(g * x for g, x in zip(e.g, u)) / (square.sqrt() + 1e-30)
@@ -34,8 +34,8 @@ def flat(e):
     return descent / (total(v.sqrt() for v in e.v) + 1e-30)
 
 def pace(e):
-    """EPD for each unit of movement: S = sum m^2 / sqrt(v) over |dW(u)|. Unlike align it expects that the next
-    gradient is m."""
+    """EPD for each unit of movement: S = sum m^2 / sqrt(v) over |dW(u)|. Unlike align it expects that the
+    next gradient is m."""
     u = direction(e, e.m, e.v)
     return total(m * x for m, x in zip(e.m, u)) / (movement(e, u) + 1e-30)
 

@@ -40,10 +40,11 @@ def make_checkpoint(folder, shape, tokenizer):
 
 
 def run(command, cache):
-    """-> {step, "loaded" or "evaluated": seconds from the command to the line that says so}, the last line"""
+    """-> {step, "loaded" or "evaluated": seconds from the command to the line that says so}, the last one"""
     begin, seen, last = time.perf_counter(), {}, ""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
-                               env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONUNBUFFERED": "1"})
+                               env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache),
+                                                 "PYTHONUNBUFFERED": "1"})
     for line in process.stdout:
         found = re.match(r"step +(\d+)/\d+  loss", line)
         now = time.perf_counter() - begin

@@ -78,10 +78,14 @@ def sources(entry, entries):
 def rate(run):
     return run.lora_lr if run.lr is None else run.lr
 
+def value_of(row, metric):
+    """row: of the table. "ES,PS,NS" is the harmonic mean of the three: none can make up for another."""
+    return statistics.harmonic_mean([float(row[name]) for name in metric.split(",")])
+
 def best_of(tried, rows, metric):
     """tried: the runs of a search, which have ended -> the one that the metric chooses. One that was not
     finite counts for nothing."""
-    values = {run: float(rows[run][metric]) for run in tried if rows[run]["ended"] == "finished"}
+    values = {run: value_of(rows[run], metric) for run in tried if rows[run]["ended"] == "finished"}
     values = {run: value for run, value in values.items() if math.isfinite(value)}
     sign = -1 if metric in LOWER_IS_BETTER else 1
     return max(values, key=lambda run: (sign * values[run], -rate(run)), default=None)
@@ -282,7 +286,7 @@ def search_lines(rows, select):
         values = []
         for run in tried:
             ended = rows[run]["ended"]
-            value = shown(rows[run][select], select) if ended == "finished" else ended
+            value = shown(value_of(rows[run], select), select) if ended == "finished" else ended
             values.append(f"**{rate(run):g}: {value}**" if run == best else f"{rate(run):g}: {value}")
         end = "; the choice is at an end of the grid" if best in (tried[0], tried[-1]) else ""
         lines.append(f"- {source}: {', '.join(values)}{end}")
