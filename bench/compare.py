@@ -308,7 +308,7 @@ def make_parser():
     add("--lrs", type=float, nargs="+", help="rates of the full expert to choose from (default: train.py's)")
     add("--lora-lrs", type=float, nargs="+", help="rates of LoRA experts, likewise (default: train.py's)")
     add("--lr-seed", type=int, default=0, help="of the runs that choose (default: 0)")
-    add("--select", metavar="METRIC", help="that chooses; ES,PS,NS is the harmonic mean of the three "
+    add("--select", metavar="METRIC", help="that chooses; ES+PS+NS is the harmonic mean of the three "
         "(default: the first that the task reports)")
     add("--validation", type=int, metavar="N", help="training rows that choose rates (default: "
         "a tenth; facts: half)")
@@ -356,7 +356,7 @@ def parse_args(argv):
     a.lrs = a.lrs or [a.cell.lr]
     a.lora_lrs = a.lora_lrs or [a.cell.lora_lr]
     a.select = a.select or task.report[0]
-    for metric in [*a.select.split(","), *(a.metrics or [])]:
+    for metric in [*a.select.split("+"), *(a.metrics or [])]:
         if metric not in metrics_of(a.cell.task):
             p.error(f"{metric!r} is no metric of rows of {a.cell.task}: there are "
                     f"{', '.join(metrics_of(a.cell.task))}")

@@ -79,8 +79,8 @@ def rate(run):
     return run.lora_lr if run.lr is None else run.lr
 
 def value_of(row, metric):
-    """row: of the table. "ES,PS,NS" is the harmonic mean of the three: none can make up for another."""
-    return statistics.harmonic_mean([float(row[name]) for name in metric.split(",")])
+    """row: of the table. "ES+PS+NS" is the harmonic mean of the three: none can make up for another."""
+    return statistics.harmonic_mean([float(row[name]) for name in metric.split("+")])
 
 def best_of(tried, rows, metric):
     """tried: the runs of a search, which have ended -> the one that the metric chooses. One that was not

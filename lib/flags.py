@@ -1,5 +1,5 @@
-"""What is refused of train.py's flags, and what a run that is resumed or evaluated brings along. The flags and
-their defaults are in train.py.
+"""What is refused of train.py's flags, and what a run that is resumed or evaluated brings along. The flags
+and their defaults are in train.py.
 """
 import os
 from pathlib import Path

@@ -15,8 +15,9 @@ def expert(kind, seed=0):
     draw = lambda: [torch.randn(s, generator=rng, dtype=torch.float64) for s in shapes]
     square = lambda: [x.square() + 0.1 for x in draw()]
     w = draw()
-    return Expert(kind, w, w, draw(), draw(), square(), draw(), square(), w[0], torch.tensor([3e-4] + [0.0] * 5),
-                  (0.9, 0.999), EPS, 1.0 if kind == "full" else 2.5)
+    rates = torch.tensor([3e-4] + [0.0] * 5)
+    return Expert(kind, w, w, draw(), draw(), square(), draw(), square(), w[0], rates, (0.9, 0.999), EPS,
+                  1.0 if kind == "full" else 2.5)
 
 
 def flat_of(tensors):

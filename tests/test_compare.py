@@ -126,8 +126,8 @@ def test_the_choice_of_a_rate():
                                                 "choice is at an end of the grid"]
     for run, ns in zip(runs, ("0.9", "0.9", "0.1")):
         rows[run]["NS"] = ns
-    assert table.value_of(rows[runs[2]], "ES,NS") == pytest.approx(2 / (1 / 0.9 + 1 / 0.1))
-    assert best_of(runs[::2], rows, "ES,NS") == runs[0] and best_of(runs[::2], rows, "ES") == runs[2]
+    assert table.value_of(rows[runs[2]], "ES+NS") == pytest.approx(2 / (1 / 0.9 + 1 / 0.1))
+    assert best_of(runs[::2], rows, "ES+NS") == runs[0] and best_of(runs[::2], rows, "ES") == runs[2]
     rows[runs[1]] = rows[runs[2]] = {"ended": "not finite"}
     assert best_of(runs, rows, "ES") == runs[0] and best_of(runs[1:], rows, "ES") is None
 

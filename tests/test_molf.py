@@ -326,7 +326,7 @@ def test_pure_bf16_has_the_moments_of_torch_adamw_in_bf16():
     assert set(optimizer.state[p]) == {"exp_avg", "exp_avg_sq"}
     for key, mine in optimizer.state[p].items():
         assert mine.dtype == torch.bfloat16 and torch.equal(mine, reference.state[q][key])
-    torch.testing.assert_close(p, q, rtol=2 ** -6, atol=1e-2)       # a few roundings of 2^-8, and small weights
+    torch.testing.assert_close(p, q, rtol=2 ** -6, atol=1e-2)       # a few roundings of 2^-8
 
 
 @pytest.mark.parametrize("pure, falls", [(True, False), (False, True)])
