@@ -166,6 +166,26 @@ def test_a_batch_is_cut_evenly_and_into_few_sizes():
     assert [len(m) for m in step.cut(long)[1][0]] == [1, 1]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_every_size_is_compiled_before_the_second_step(device):
+    """Inductor makes another version of a block for more than 4,096 tokens. Those batches are neither the one
+    with the fewest targets nor the one with the most."""
+    model = Transformer.from_pretrained("toy", torch.float32, device)
+    model.model["layers"] = model.model["layers"][:1]
+    add_experts(model.train(), ranks=())
+    optimizer = MoLFAdamW(param_groups(model))
+    ok = torch.ones((), dtype=torch.bool, device=device)
+    rows = lambda n, targets: [data.Example([1] * 500, 500 - targets, 0)] * n      # noqa: E731
+    batches = [rows(2, 20), rows(10, 10), rows(4, 200)]
+    step = FastStep(partial(train.train_step, model, optimizer, max_norm=1.0, ok=ok), model, optimizer, batches,
+                    8192)
+    step(batches[0])
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for batch in batches[1:]:
+        step(batch)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled > 2
+
+
 @needs_gpu
 @pytest.mark.parametrize("method, options", [
     ("fft", {}), ("lora", {}), ("molf", {}), ("molf-e", {}), ("molf", dict(checkpointing=True)),
