@@ -15,7 +15,8 @@ in model.py). This is the optimizer's part:
 
 A losing expert keeps its weights. Its moments go on, so that the moments of all experts have seen the same
 batches. With one expert a module this is torch.optim.AdamW. What is not routed (embedding, norms) takes a
-plain AdamW step. All arithmetic is fp32; the state holds an fp32 master copy of each bf16 parameter.
+plain AdamW step. All arithmetic is fp32, and the state holds an fp32 master copy of each bf16 parameter, but
+for an experiment with pure bf16.
 
     optimizer = MoLFAdamW(param_groups(model, lr=5e-5, lora_lr=5e-5), score=epd, route=topk, top_k=1)
     optimizer.gates, optimizer.scores           # (modules, experts) of the last step, on the device
@@ -47,8 +48,8 @@ class Expert(NamedTuple):
     v: list
     m_before: list          # Adam's moments before this gradient
     v_before: list
-    weight: torch.Tensor    # (out, in), model's dtype: W_eff of the module. If W is frozen, which is then no
-                            # expert, or with dropout, LoRA is a side branch and this is W alone.
+    weight: torch.Tensor    # (out, in), model's dtype: W_eff of the module. Where LoRA is a side branch (W is
+                            # frozen, with dropout, or not folded), this is W alone.
     rates: torch.Tensor     # (6,): the numbers of this step, see LR to CHANCE above
     betas: tuple
     eps: float

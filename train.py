@@ -102,8 +102,8 @@ def make_parser():
     add("--export-dtype", default="bf16", choices=list(EXPORT_DTYPES), help="of the model (default: bf16)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=["bfloat16", "float32"],
-        help="of the weights in the forward pass; master weights and moments are always float32 (default: "
-             "bfloat16 on a GPU, float32 on a CPU)")
+        help="of the weights in the forward pass; master weights and moments are float32 (default: bfloat16 "
+             "on a GPU, float32 on a CPU)")
     add("--pure-bf16", action="store_true", help="an experiment: weights and moments in bfloat16 alone, LoRA "
         "as a side branch, as in the code that the paper's authors published")
     add("--eager", action="store_true",

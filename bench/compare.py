@@ -10,7 +10,7 @@ answer: a model, a task and its rows, on which the methods and their controls ru
 What stands behind -- goes to train.py for every run. An entry is what the others do not have: a method, and
 perhaps flags. Of the entries of a method the shortest is its plain one, the others are variants of it.
 
-Rows. The training rows are split once, by a fixed seed: --validation of them train nobody but choose learning
+Rows. The training rows are split once, by a fixed seed: --validation of them are kept, to choose learning
 rates. Of med, sql and text the others train in both phases, and the choice is by the metric --select on the
 validation rows. Facts are measured on the cases that train. So their validation rows are cases of their own
 (by default half of all, so that both phases take as many steps), which train and are measured in the first
@@ -24,7 +24,7 @@ are so, no row is kept for validation.
 
 What is left. When a run ends, its row is written to --csv, and the outcome of each row that it was asked to
 the .jsonl beside it. Those two files say what is finished: the same command goes on from there, also without
---out. It goes on with an unfinished run where --out has its checkpoint. Entries, seeds and rates may be added
+--out. It goes on with an unfinished run where the same --out has its checkpoint. Entries, seeds and rates may be added
 later, but the first grid of several rates is another plan, because it keeps rows for validation. A run that
 fails is named, and runs again the next time. A loss that is not finite is a result.
 """
@@ -49,8 +49,9 @@ from safetensors.torch import load_file  # noqa: E402
 
 import train  # noqa: E402
 from bench.candidates import CANDIDATES  # noqa: E402
-from bench.table import (METHODS, Run, add_row, best_of, in_order, method_of, metrics_of,  # noqa: E402
-                         outcomes_of, rate, read_table, report, searched, shown, sources)
+from bench.table import (LOWER_IS_BETTER, METHODS, Run, add_row, best_of, in_order,  # noqa: E402
+                         method_of, metrics_of, outcomes_of, rate, read_table, report, searched, shown,
+                         sources)
 from data import TASKS, load_rows  # noqa: E402
 from lib.files import digest, empty, read_record, write_safely  # noqa: E402
 from lib.report import escape_unprintable, quiet_ends, stop  # noqa: E402
@@ -62,7 +63,7 @@ ENTRIES = ["fft", "lora", "lora --rest train", "molf", "molf --score pfn", "molf
            "molf-e"]
 OF_ENTRIES = set("method score route top_k ranks alpha dropout rest weight_decay lora_weight_decay warmup "
                  "clip".split())
-OF_THIS_PROGRAM = set("method lr lora_lr seed out overwrite resume eval_only no_before dry_run "
+OF_THIS_PROGRAM = set("method rest lr lora_lr seed out overwrite resume eval_only no_before dry_run "
                       "world_size".split())
 LARGE = "model", "adapter", "last-good", "checkpoints"          # of a run that has ended
 
@@ -72,8 +73,8 @@ LARGE = "model", "adapter", "last-good", "checkpoints"          # of a run that 
 def grid(source, a):
     """The runs that search the learning rate of a plain entry, the lowest first."""
     if method_of(source) == "fft":
-        return [Run("lr", source, lr, None, a.lr_seed) for lr in sorted(a.lrs)]
-    return [Run("lr", source, None, lr, a.lr_seed) for lr in sorted(a.lora_lrs)]
+        return [Run("lr", source, lr, None, a.lr_seed) for lr in a.lrs]
+    return [Run("lr", source, None, lr, a.lr_seed) for lr in a.lora_lrs]
 
 def choice(source, rows, a):
     """-> the learning rate of a plain entry. None before its search has ended, or if no run was finite"""
@@ -92,7 +93,7 @@ def known_runs(rows, a):
     wanted = {entry: sources(entry, a.entries) for entry in a.entries}
     needed = in_order(source for pair in wanted.values() for source in pair if source)
     grids = [grid(source, a) for source in needed]
-    runs = [run for of_source in grids if len(of_source) > 1 for run in of_source]
+    runs = [run for runs in grids if len(runs) > 1 or searched(runs[0].entry, rows) for run in runs]
     rates = {source: choice(source, rows, a) for source in needed}
     for entry, (full, lora) in wanted.items():
         if all(rates[source] is not None for source in (full, lora) if source):
@@ -221,12 +222,13 @@ class Worker:
 
     def begin(self, run, argv, out):
         self.run, self.entry = run, run.entry
-        self.pipe.send((run, argv, out))
+        with contextlib.suppress(OSError):          # it has died: `result` will say so
+            self.pipe.send((run, argv, out))
 
     def result(self):
         try:
             return self.pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             self.process.join()
             return "failed", f"its process ended with code {self.process.exitcode}", None
 
@@ -239,7 +241,7 @@ def next_run(todo, worker, busy):
 def said(run, row, a):
     if row["ended"] != "finished":
         return f"{run}: {row['ended']}"
-    metrics = "  ".join(f"{name} {shown(row[name], name)}" for name in metrics_of(a.cell.task))
+    metrics = "  ".join(f"{name} {shown(row[name], name)}" for name in metrics_of(a.cell.task) if name in row)
     return f"{run}: {metrics}  ({row['train_seconds'] + row['eval_seconds']:.0f} s)"
 
 def run_all(a, deadline):
@@ -353,13 +355,15 @@ def parse_args(argv):
     a.shared, a.cell = shared, train.parse_args(shared)
     task = TASKS[a.cell.task]
     a.entries = in_order(a.entries)
-    a.lrs = a.lrs or [a.cell.lr]
-    a.lora_lrs = a.lora_lrs or [a.cell.lora_lr]
+    a.lrs = sorted(set(a.lrs or [a.cell.lr]))
+    a.lora_lrs = sorted(set(a.lora_lrs or [a.cell.lora_lr]))
     a.select = a.select or task.report[0]
     for metric in [*a.select.split("+"), *(a.metrics or [])]:
         if metric not in metrics_of(a.cell.task):
             p.error(f"{metric!r} is no metric of rows of {a.cell.task}: there are "
                     f"{', '.join(metrics_of(a.cell.task))}")
+    if "+" in a.select and LOWER_IS_BETTER & set(a.select.split("+")):
+        p.error(f"--select {a.select}: of some of them less is better")
     for name in ("workers", "validation"):
         if getattr(a, name) is not None and getattr(a, name) < 1:
             p.error(f"--{name} must be at least 1")
@@ -392,12 +396,16 @@ def main(argv=None):
             os.environ.setdefault(name, str(max(1, os.cpu_count() // a.workers)))
         failed = run_all(a, deadline)
         rows = read_table(a.csv)
-        missing = [run for run in known_runs(rows, a) if run not in rows]
+        known = known_runs(rows, a)
+        missing = [run for run in known if run not in rows]
+        without_rate = [e for e in a.entries if e not in {run.entry for run in known if run.phase == "test"}]
         if failed:
             stop(f"{len(failed)} runs failed, their logs are in {a.out}; the same command tries them again")
         if missing:
             print(f"stopped: {len(missing)} or more runs are missing; the same command goes on")
             return
+        if without_rate:
+            print(f"not tested, because no run that searches their rates was finite: {', '.join(without_rate)}")
         print(f"\n{report(a.csv, a.metrics)}")
     except (ValueError, OSError) as e:
         stop(e)

@@ -48,7 +48,9 @@ from lib.rows import read_data      # noqa: E402
 from model import TARGETS           # noqa: E402
 
 PEERS = ("fft", "lora", "dora", "adalora")
-NOT_HERE = ("method", "resume", "eval_only", "eval_every", "dry_run", "tensorboard")    # flags of train.py
+# flags of train.py
+NOT_HERE = ("method", "score", "route", "top_k", "resume", "eval_only", "eval_every", "dry_run", "tensorboard",
+            "pure_bf16", "eager")
 
 
 def parse_args(argv):
@@ -59,7 +61,7 @@ def parse_args(argv):
     peer = p.parse_args(argv[:cut]).peer
     rest = argv[cut + 1:]
     theirs = train.make_parser()
-    theirs.set_defaults(method=None)
+    theirs.set_defaults(method=None, score=None, route=None, top_k=None)
     given = theirs.parse_args(rest)
     for key in NOT_HERE:
         if getattr(given, key):

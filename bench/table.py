@@ -1,6 +1,7 @@
 """What a comparison leaves, and its report, for bench/compare.py: a table with a row for each run, and beside
 it, in a .jsonl of the same name, the outcome of each row that the run was asked.
 """
+import argparse
 import base64
 import csv
 import io
@@ -9,28 +10,27 @@ import math
 import shlex
 import statistics
 from collections import defaultdict
-from functools import cache
 from typing import NamedTuple
 
 import torch
 
-import train
 from data import TASKS
 from lib.files import locked, write_safely
 from lib.read import naming
 from lib.report import NO_SHARES
 
 METHODS = "fft", "lora", "molf", "molf-e"
-LOWER_IS_BETTER = "loss", "recalls true"
-BETTER = "the better of fft and lora"
-MARGIN = 1.5        # points: how much below BETTER is near enough
+LOWER_IS_BETTER = {"loss", "recalls true"}
+MARGIN = 1.5        # points: how much below the better of fft and lora is near enough
+# The quantile of Student's t that 2.5 % exceed, for 1 to 10 degrees of freedom
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 EXPLANATION = f"""\
-Differences of means, with 95 % intervals from 2,000 resamples of rows (the same for both sides) and of seeds
-(each side's own; few seeds make the interval too narrow, see `resample`). *{BETTER}* is chosen
-anew in each resample, so that the interval knows of the choice. Half of an interval's width is the smallest
-difference that the cell could have shown. *within {MARGIN}*: yes if no end of the interval is more than
-{MARGIN} points worse than the better one, no if all of it is, else open. It is open as well where both do the
-same on every row."""
+Differences of means, with 95 % intervals. The spread over rows is that of 2,000 resamples (the same rows for
+both sides), the spread over seeds that of the seeds' means, each side's own; and the width goes by Student's
+t, which knows how few the seeds are. A true difference of 1.4 times half a width is found four times in five.
+*within {MARGIN}*: yes if neither interval, against fft and against lora, goes lower than {MARGIN} points
+worse; no if one of them lies below that as a whole; else open. Of many entries the one that looks best does so by
+luck as well: no interval knows of that choice. An entry with a run that was not finite is left out."""
 
 # ------------------------------------------------------------------------------------------------------------
 # runs and entries
@@ -53,9 +53,11 @@ class Run(NamedTuple):
 def method_of(entry):
     return shlex.split(entry)[0]
 
-@cache
 def trains_rest(entry):
-    return train.parse_args(["--method", *shlex.split(entry)]).rest == "train"
+    """Do embedding, norms and head train? As in train.py, for fft and molf unless --rest says otherwise."""
+    p = argparse.ArgumentParser(add_help=False)
+    p.add_argument("--rest", default="train" if method_of(entry) in ("fft", "molf") else "freeze")
+    return p.parse_known_args(shlex.split(entry)[1:])[0].rest == "train"
 
 def in_order(entries):
     return sorted(set(entries), key=lambda e: (METHODS.index(method_of(e)), len(e), e))
@@ -71,7 +73,7 @@ def plain(method, entries):
 def sources(entry, entries):
     """-> the plain entries from which it has its lr and its lora_lr; None where it has none"""
     method = method_of(entry)
-    full = method == "fft" or trains_rest(entry)
+    full = method in ("fft", "molf") or trains_rest(entry)
     lora = {"fft": None, "molf": "lora"}.get(method, method)
     return plain("fft", entries) if full else None, plain(lora, entries) if lora else None
 
@@ -80,7 +82,11 @@ def rate(run):
 
 def value_of(row, metric):
     """row: of the table. "ES+PS+NS" is the harmonic mean of the three: none can make up for another."""
-    return statistics.harmonic_mean([float(row[name]) for name in metric.split("+")])
+    names = metric.split("+")
+    for name in names:
+        if row.get(name) in (None, ""):
+            raise ValueError(f"a run has no {name}, by which rates are chosen: give another --select")
+    return statistics.harmonic_mean([float(row[name]) for name in names])
 
 def best_of(tried, rows, metric):
     """tried: the runs of a search, which have ended -> the one that the metric chooses. One that was not
@@ -145,8 +151,8 @@ def read_table(path):
     return rows
 
 def add_row(path, run, row, outcomes):
-    """Both files are replaced as a whole, the table last. A run that was killed between the two runs again,
-    and then the later of its two lines counts. -> the new table, as read_table gives it"""
+    """Both files are replaced as a whole, the table last. Who is killed between the two runs this run again,
+    and the later line of the .jsonl counts. -> the new table, as read_table gives it"""
     with locked(path):
         table = (read_table(path) | {run: row}).values()
         columns = list(dict.fromkeys(name for r in table for name in r))
@@ -194,13 +200,11 @@ def sums_of(outcomes):
     return torch.tensor(sums, dtype=torch.float64), torch.tensor(ns, dtype=torch.float64)
 
 def resample(entries, resamples=2000, at_once=100):
-    """entries: {name: sums, ns} as sums_of gives them, all of the same rows -> {name: (1 + resamples,)}: the
-    mean over rows, then seeds, as they are, and then of rows and seeds drawn anew. The rows are the same for
-    all entries, the seeds are each entry's own. With few seeds their share in the spread is too small, by a
-    factor of sqrt(1 - 1 / seeds) in the standard deviation."""
+    """entries: {name: sums, ns} as sums_of gives them, all of the same rows -> {name: (resamples,)}: the mean
+    over rows, then over seeds. Rows are drawn anew, the same ones for all entries."""
     n = next(iter(entries.values()))[0].shape[1]
     rng = torch.Generator().manual_seed(0)
-    means = {name: [(sums.sum(1) / ns.sum(1)).mean()[None]] for name, (sums, ns) in entries.items()}
+    means = defaultdict(list)
     for begin in range(0, resamples, at_once):
         size = min(at_once, resamples - begin)
         drawn = torch.randint(n, (size, n), generator=rng)
@@ -208,56 +212,89 @@ def resample(entries, resamples=2000, at_once=100):
         counts.scatter_add_(1, drawn, torch.ones_like(counts))
         for name, (sums, ns) in entries.items():
             of_seeds = (counts @ sums.T) / (counts @ ns.T)                  # (size, seeds)
-            seeds = torch.randint(len(sums), of_seeds.shape, generator=rng)
-            means[name].append(of_seeds.gather(1, seeds).mean(1))
+            means[name].append(of_seeds.mean(1))
     return {name: torch.cat(parts) for name, parts in means.items()}
 
-def interval(differences):
-    """(1 + resamples,) -> the difference as it is, and the ends of its 95 % interval"""
-    low, high = differences[1:].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return differences[0].item(), low, high
+def seed_variance(sums, ns):
+    """-> the variance of the mean over seeds, and its degrees of freedom; 0 and 1 if there is one seed"""
+    of_seeds = sums.sum(1) / ns.sum(1)
+    n = len(of_seeds)
+    return (of_seeds.var().item() / n, n - 1) if n > 1 else (0.0, 1)
 
-def pairs_of(entries):
-    """-> [(entry, what it is compared with)], of those that there are"""
-    first = {method: plain(method, entries) for method in METHODS}
+def student(freedom):
+    """The quantile of Student's t that 2.5 % exceed; above 10 degrees of freedom it is right to 0.02."""
+    return T975[int(freedom) - 1] if freedom < 11 else 1.96 + 2.5 / freedom
+
+def interval(one, other, rows_one, rows_other):
+    """one, other: sums, ns of two entries; rows_...: what `resample` gives for them. -> the difference of
+    their means, and the ends of its 95 % interval, with Welch's degrees of freedom"""
+    difference = [(sums.sum(1) / ns.sum(1)).mean().item() for sums, ns in (one, other)]
+    over_rows = rows_one - rows_other
+    over_rows = over_rows[over_rows.isfinite()]         # (a resample may lack all rows of a rare kind)
+    seeds = [seed_variance(*one), seed_variance(*other)]
+    variance = over_rows.var().item() + sum(v for v, _ in seeds)
+    uncertain = sum(v ** 2 / freedom for v, freedom in seeds)
+    freedom = variance ** 2 / uncertain if uncertain else math.inf
+    half = student(max(1, freedom)) * math.sqrt(variance)
+    x = difference[0] - difference[1]
+    return x, x - half, x + half
+
+def pairs_of(entries, planned):
+    """-> [(entry, what it is compared with)], of those that there are. planned: all entries of the table, also
+    those of which a run was not finite"""
+    first = {method: plain(method, planned) for method in METHODS}
     rules = [e for e in entries if method_of(e) == "molf"]
     coins = [e for e in rules if "--score random" in e]
-    pairs = [(e, BETTER) for e in rules]
-    pairs += [(first["molf-e"], first["lora"])]
+    pairs = [(first["molf-e"], first["lora"])]
     pairs += [(first["molf"], e) for e in entries if method_of(e) == "lora" and e != first["lora"]]
     pairs += [(e, first["molf"]) for e in rules if e not in [first["molf"], *coins]]
     pairs += [(e, coin) for coin in coins for e in rules if e != coin]
-    there = {*entries, *([BETTER] if {first["fft"], first["lora"]} <= set(entries) else [])}
-    return [pair for pair in pairs if there.issuperset(pair)]
+    molf_e = [e for e in entries if method_of(e) == "molf-e"]
+    pairs += [(e, first["molf-e"]) for e in molf_e if e != first["molf-e"]]
+    return [pair for pair in pairs if set(pair) <= set(entries)]
 
-def within(low, high, metric):
-    """Does the interval say that it is better, or worse by no more than MARGIN points?"""
+def within(intervals, metric):
+    """intervals: (low, high) against fft and against lora. Do they say that it is better than both, or worse
+    by no more than MARGIN points?"""
     if metric in NO_SHARES:
         return ""
-    low, high = sorted(-100 * x if metric in LOWER_IS_BETTER else 100 * x for x in (low, high))
-    if low >= -MARGIN and low < high:
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+    points = [sorted(100 * sign * x for x in ends) for ends in intervals]
+    if any(low == high == 0 for low, high in points):       # both do the same on every row
+        return "open"
+    if min(low for low, _ in points) >= -MARGIN:
         return "yes"
-    return "no" if high < -MARGIN else "open"
+    return "no" if min(high for _, high in points) < -MARGIN else "open"
 
-def name_of(side):
-    return side if side == BETTER else f"`{side}`"
+def ends_of(low, high, metric):
+    return f"{shown(low, metric, '+')} to {shown(high, metric, '+')}"
 
-def difference_table(entries, metric):
-    """entries: {entry: sums, ns}"""
-    means = resample(entries)
-    first = [plain(method, entries) for method in ("fft", "lora")]
-    if set(first) <= set(means):
-        better = torch.minimum if metric in LOWER_IS_BETTER else torch.maximum
-        means[BETTER] = better(means[first[0]], means[first[1]])            # in each resample
-    lines = [f"| {metric} | difference | 95 % interval | half of its width | within {MARGIN} |",
-             "| --- | --- | --- | --- | --- |"]
-    for one, other in pairs_of(entries):
-        x, low, high = interval(means[one] - means[other])
-        verdict = within(low, high, metric) if other == BETTER else ""
-        ends = f"{shown(low, metric, '+')} to {shown(high, metric, '+')}"
-        lines.append(f"| {name_of(one)} − {name_of(other)} | {shown(x, metric, '+')} | {ends} | "
-                     f"{shown((high - low) / 2, metric)} | {verdict} |")
-    return lines
+def margin_table(entries, drawn, planned, metric):
+    """entries: {entry: sums, ns}; drawn: what `resample` gives for them -> lines: molf against fft and lora"""
+    bases = [plain(method, planned) for method in ("fft", "lora")]
+    rules = [e for e in entries if method_of(e) == "molf"]
+    if not rules or not set(bases) <= set(entries):
+        return []
+    lines = [f"| {metric} | " + " | ".join(f"− `{base}` | 95 % interval" for base in bases)
+             + f" | within {MARGIN} |", "| --- | --- | --- | --- | --- | --- |"]
+    for e in rules:
+        found = [interval(entries[e], entries[base], drawn[e], drawn[base]) for base in bases]
+        cells = " | ".join(f"{shown(x, metric, '+')} | {ends_of(*ends, metric)}" for x, *ends in found)
+        verdict = within([ends for _, *ends in found], metric)
+        lines.append(f"| `{e}` | {cells} | {verdict} |")
+    return [*lines, ""]
+
+def difference_table(entries, drawn, planned, metric):
+    """The same for all other pairs."""
+    pairs = pairs_of(entries, planned)
+    if not pairs:
+        return []
+    lines = [f"| {metric} | difference | 95 % interval | half of its width |", "| --- | --- | --- | --- |"]
+    for one, other in pairs:
+        x, low, high = interval(entries[one], entries[other], drawn[one], drawn[other])
+        lines.append(f"| `{one}` − `{other}` | {shown(x, metric, '+')} | {ends_of(low, high, metric)} | "
+                     f"{shown((high - low) / 2, metric)} |")
+    return [*lines, ""]
 
 def test_runs(rows, select):
     """{entry: its runs in the phase "test"}. Where a search went on after them, those with the rates that it
@@ -304,7 +341,7 @@ def entry_line(runs, rows, metrics):
     share = f"{statistics.mean(shares):.0%}" if shares else ""
     rates = " | ".join("" if x is None else f"{x:g}" for x in (runs[0].lr, runs[0].lora_lr))
     lost = f", {len(runs) - len(finished)} not finite" if len(finished) < len(runs) else ""
-    return f"| {name_of(runs[0].entry)} | {rates} | {' | '.join(cells)} | {share} | {len(finished)}{lost} |"
+    return f"| `{runs[0].entry}` | {rates} | {' | '.join(cells)} | {share} | {len(finished)}{lost} |"
 
 def report(path, metrics=None):
     """The table of a cell -> Markdown. ValueError if its runs cannot be compared."""
@@ -329,7 +366,7 @@ def report(path, metrics=None):
              "", f"Runs: torch {'; '.join(made)}.", ""]
     searched_lines = search_lines(rows, select)
     if searched_lines:
-        lines += [f"Learning rates, chosen by {select} on rows that neither train nor test, seed "
+        lines += [f"Learning rates, chosen by {select} on rows that the tested runs never see, seed "
                   f"{next(run.seed for run in rows if run.phase == 'lr')}:", "", *searched_lines, ""]
     if not tested:
         return "\n".join(lines + ["No run on the test rows has ended yet."])
@@ -340,13 +377,10 @@ def report(path, metrics=None):
               f"seeds |",
               "| --- |" + " --- |" * (len(metrics) + 4)]
     lines += [entry_line(of_entry, rows, metrics) for of_entry in runs.values()]
-    if not pairs_of(list(dict.fromkeys(run.entry for run in tested))):
-        return "\n".join(lines)
-    lines += ["", EXPLANATION, ""]
+    tables, planned = [], {run.entry for run in rows}
     for metric in metrics:
-        found = defaultdict(list)
-        for run in tested:
-            found[run.entry].append(outcomes[run][metric])
-        sides = {entry: sums_of(of_seeds) for entry, of_seeds in found.items()}
-        lines += [*difference_table(sides, metric), ""]
-    return "\n".join(lines)
+        sides = {entry: sums_of([outcomes[run][metric] for run in of_entry])
+                 for entry, of_entry in runs.items() if set(of_entry) <= set(tested)}
+        drawn = resample(sides)
+        tables += margin_table(sides, drawn, planned, metric) + difference_table(sides, drawn, planned, metric)
+    return "\n".join([*lines, "", EXPLANATION, "", *tables] if tables else lines)

@@ -108,8 +108,8 @@ def columns(dicts):
     return {name: [d[name] for d in dicts if name in d] for name in names}
 
 def record(verdict):
-    """A data.Verdict as predictions.jsonl has it: one level, where "# " begins the name of a count; "# n of "
-    that of the number by which a metric's sum was divided."""
+    """A data.Verdict as predictions.jsonl has it: one level, where "# " begins the name of a count. "# n of
+    loss" counts the tokens of which the loss is the mean."""
     counts = {f"# {name}": value for name, value in verdict.counts.items()}
     counts |= {f"# n of {name}": x[1] for name, x in verdict.metrics.items() if isinstance(x, tuple)}
     error = {} if verdict.error is None else {"error": verdict.error}

@@ -80,6 +80,8 @@ def refuse_nonsense(p, a):
         p.error("--no-before: --eval-only evaluates what there is, and trains nothing")
     if a.pure_bf16 and (a.dtype != "bfloat16" or a.world_size > 1 or a.dry_run):
         p.error("--pure-bf16 wants --dtype bfloat16, and knows neither several ranks nor --dry-run")
+    if a.pure_bf16 and a.device.startswith("cuda") and not a.eager:
+        p.error("--pure-bf16 wants --eager on a GPU: compiled code rounds less often")
     if a.tensorboard and not track.summary_writer():
         p.error("--tensorboard wants TensorBoard: pip install tensorboard")
     if a.batch_size < a.world_size:

@@ -1267,8 +1267,8 @@ def test_a_reader_that_leaves_before_or_after_the_training_ends_a_program_in_one
 
 
 def test_a_pure_bf16_run_keeps_nothing_in_fp32_and_goes_on(tmp_path):
-    flags = ["--task", "med", "--limit", "32", "--epochs", "2", "--batch-size", "8", "--pure-bf16",
-             "--no-before", "--eval-limit", "2"]
+    flags = ["--task", "med", "--limit", "32", "--epochs", "2", "--batch-size", "8", "--pure-bf16", "--device",
+             "cpu", "--no-before", "--eval-limit", "2"]
     train.main([*flags, "--out", str(tmp_path / "whole"), "--save-every", "3", "--keep", "9"])
     out = tmp_path / "part"
     with pytest.MonkeyPatch.context() as patch:
