@@ -8,7 +8,7 @@ answer: a model, a task and its rows, on which the methods and their controls ru
     python bench/compare.py --report bench/results/*.csv            # tables, without a run
 
 What stands behind -- goes to train.py for every run. An entry is what the others do not have: a method, and
-perhaps flags. Of the entries of a method the shortest is its plain one, the others are variants of it.
+perhaps flags; "0.5 fft" has half the learning rates of "fft". Of the entries of a method the shortest is its plain one, the others are variants of it.
 
 Rows. The training rows are split once, by a fixed seed: --validation of them are kept, to choose learning
 rates. Of med, sql and text the others train in both phases, and the choice is by the metric --select on the
@@ -49,15 +49,15 @@ from safetensors.torch import load_file  # noqa: E402
 
 import train  # noqa: E402
 from bench.candidates import CANDIDATES  # noqa: E402
-from bench.table import (LOWER_IS_BETTER, METHODS, Run, add_row, best_of, in_order,  # noqa: E402
-                         method_of, metrics_of, outcomes_of, rate, read_table, report, searched, shown,
-                         sources)
+from bench.table import (LOWER_IS_BETTER, METHODS, Run, add_row, best_of, factor_of,  # noqa: E402
+                         in_order, method_of, metrics_of, outcomes_of, rate, read_table, report, searched,
+                         shown, sources, words_of)
 from data import TASKS, load_rows  # noqa: E402
 from lib.files import digest, empty, read_record, write_safely  # noqa: E402
 from lib.report import escape_unprintable, quiet_ends, stop  # noqa: E402
 from lib.rows import TENTH, split_off  # noqa: E402
 
-ENTRIES = ["fft", "lora", "lora --rest train", "molf", "molf --score pfn", "molf --score snr",
+ENTRIES = ["fft", "0.5 fft", "lora", "0.5 lora", "lora --rest train", "molf", "molf --score pfn", "molf --score snr",
            "molf --score align", "molf --route softmax", "molf --route sticky", "molf --score random",
            "molf --score always_full", "molf --score always_lora", "molf --score even --route softmax",
            "molf-e"]
@@ -97,7 +97,8 @@ def known_runs(rows, a):
     rates = {source: choice(source, rows, a) for source in needed}
     for entry, (full, lora) in wanted.items():
         if all(rates[source] is not None for source in (full, lora) if source):
-            runs += [Run("test", entry, rates.get(full), rates.get(lora), seed) for seed in a.seeds]
+            lr, lora_lr = (source and factor_of(entry) * rates[source] for source in (full, lora))
+            runs += [Run("test", entry, lr, lora_lr, seed) for seed in a.seeds]
     return runs
 
 def searches(a):
@@ -345,9 +346,10 @@ def parse_args(argv):
     if wrong:
         p.error(f"{as_flags(wrong)}: not for all runs, this program gives it to each")
     for entry in a.entries:
-        words = shlex.split(entry)
+        words = entry.strip() and words_of(entry)
         if not words or words[0] not in METHODS:
-            p.error(f"--entries {entry!r}: an entry begins with a method, one of {' '.join(METHODS)}")
+            p.error(f"--entries {entry!r}: an entry begins with a method, one of {' '.join(METHODS)}, or with a "
+                    f"factor of its rates before that")
         wrong = flags_given(["--method", *words]) - OF_ENTRIES
         if wrong:
             p.error(f"--entries {entry!r}: {as_flags(wrong)} cannot differ between entries")

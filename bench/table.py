@@ -48,16 +48,26 @@ class Run(NamedTuple):
 
     def flags(self):
         rates = [f"--{name}={x}" for name, x in (("lr", self.lr), ("lora-lr", self.lora_lr)) if x is not None]
-        return ["--method", *shlex.split(self.entry), *rates, "--seed", str(self.seed), "--no-before"]
+        return ["--method", *words_of(self.entry), *rates, "--seed", str(self.seed), "--no-before"]
+
+def factor_of(entry):
+    """"0.5 fft" has half the learning rates of "fft"."""
+    first, *_ = entry.split()
+    return float(first) if first[0].isdigit() else 1.0
+
+def words_of(entry):
+    """The method and flags of train.py"""
+    words = shlex.split(entry)
+    return words[1:] if words[0][0].isdigit() else words
 
 def method_of(entry):
-    return shlex.split(entry)[0]
+    return words_of(entry)[0]
 
 def trains_rest(entry):
     """Do embedding, norms and head train? As in train.py, for fft and molf unless --rest says otherwise."""
     p = argparse.ArgumentParser(add_help=False)
     p.add_argument("--rest", default="train" if method_of(entry) in ("fft", "molf") else "freeze")
-    return p.parse_known_args(shlex.split(entry)[1:])[0].rest == "train"
+    return p.parse_known_args(words_of(entry)[1:])[0].rest == "train"
 
 def in_order(entries):
     return sorted(set(entries), key=lambda e: (METHODS.index(method_of(e)), len(e), e))
@@ -65,7 +75,7 @@ def in_order(entries):
 def plain(method, entries):
     """The entry whose learning rate is searched, also where it is not among the entries itself. (Over a base
     that trains there would be two rates to search.)"""
-    found = [e for e in in_order(entries) if method_of(e) == method]
+    found = [e for e in in_order(entries) if method_of(e) == method and factor_of(e) == 1]
     if method in ("lora", "molf-e"):
         found = [e for e in found if not trains_rest(e)]
     return found[0] if found else method
@@ -308,7 +318,7 @@ def test_runs(rows, select):
         for source in sources(entry, found):
             tried = searched(source, rows)
             best = best_of(tried, rows, select) if tried else None
-            chosen.append(rate(best) if best else None)
+            chosen.append(factor_of(entry) * rate(best) if best else None)
         fits = [run for run in runs if all(x in (None, y) for x, y in zip(chosen, (run.lr, run.lora_lr)))]
         if len({(run.lr, run.lora_lr) for run in fits}) > 1:
             raise ValueError(f"{entry} ran with several learning rates, and no search says which one counts")

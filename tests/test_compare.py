@@ -11,7 +11,7 @@ import torch
 
 import data
 import train
-from bench import compare, table
+from bench import compare, table, tradeoff
 from bench.table import Run, add_row, best_of, interval, pack, read_table, report, resample, unpack
 
 SMALL = ["--", "--device", "cpu", "--limit", "8", "--epochs", "2"]
@@ -342,6 +342,37 @@ def test_a_report_refuses_what_cannot_be_compared(one_worker, tmp_path):
         csv.writer(f).writerows(rows)
     with pytest.raises(ValueError, match="other rows or another model"):
         report(path)
+
+
+def test_a_factor_of_the_rates():
+    entries = ["0.5 fft", "2 molf --score pfn"]
+    assert table.sources("0.5 fft", entries) == ("fft", None)
+    assert [table.factor_of(e) for e in ["fft", *entries]] == [1, 0.5, 2]
+    a = compare.parse_args(["--entries", *entries, "--lrs", "1e-3", "--lora-lrs", "2e-3", "--seeds", "1", *SMALL])
+    runs = compare.known_runs({}, a)
+    assert runs == [Run("test", "0.5 fft", 5e-4, None, 1), Run("test", "2 molf --score pfn", 2e-3, 4e-3, 1)]
+    assert runs[1].flags()[:6] == ["--method", "molf", "--score", "pfn", "--lr=0.002", "--lora-lr=0.004"]
+    table_of = {run: {"ended": "finished"} for run in runs}
+    assert table.test_runs(table_of, "ES") == {run.entry: [run] for run in runs}
+
+
+def test_a_picture_of_two_metrics(tmp_path, monkeypatch):
+    """What is drawn for each entry: its mean, and a line through the factors of fft in their order."""
+    path = tmp_path / "hand.csv"
+    for entry, es in {"fft": 0.6, "0.5 fft": 0.2, "2 fft": 0.4, "molf": 0.8}.items():
+        for seed in (1, 2):
+            run = Run("test", entry, table.factor_of(entry), 1.0 if entry == "molf" else None, seed)
+            value = es + (0.1 if seed == 1 else -0.1)
+            add_row(path, run, run._asdict() | dict(ended="finished", plan="p", select="ES", ES=value, NS=0.5), {})
+    figure = tradeoff.draw(read_table(path), "ES", "NS")
+    lines = [line.get_xydata().tolist() for line in figure.axes[0].lines]
+    assert [[20, 50], [60, 50], [40, 50]] in [[[round(x) for x in point] for point in line] for line in lines]
+    names = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert names == {"fft", "0.5 fft", "2 fft", "molf"}
+    tradeoff.main([str(path), "--x", "ES", "--y", "NS", "--out", str(tmp_path / "sub/x.png")])
+    assert (tmp_path / "sub/x.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        tradeoff.main([str(path), "--x", "BLEU", "--y", "NS", "--out", str(tmp_path / "y.png")])
 
 
 def test_a_report_by_hand(tmp_path):
