@@ -8,7 +8,8 @@ answer: a model, a task and its rows, on which the methods and their controls ru
     python bench/compare.py --report bench/results/*.csv            # tables, without a run
 
 What stands behind -- goes to train.py for every run. An entry is what the others do not have: a method, and
-perhaps flags; "0.5 fft" has half the learning rates of "fft". Of the entries of a method the shortest is its plain one, the others are variants of it.
+perhaps flags. "0.5 fft" has half the learning rates of "fft". Of the entries of a method the shortest is its
+plain one, the others are variants of it.
 
 Rows. The training rows are split once, by a fixed seed: --validation of them are kept, to choose learning
 rates. Of med, sql and text the others train in both phases, and the choice is by the metric --select on the
@@ -24,9 +25,9 @@ are so, no row is kept for validation.
 
 What is left. When a run ends, its row is written to --csv, and the outcome of each row that it was asked to
 the .jsonl beside it. Those two files say what is finished: the same command goes on from there, also without
---out. It goes on with an unfinished run where the same --out has its checkpoint. Entries, seeds and rates may be added
-later, but the first grid of several rates is another plan, because it keeps rows for validation. A run that
-fails is named, and runs again the next time. A loss that is not finite is a result.
+--out. It goes on with an unfinished run where the same --out has its checkpoint. Entries, seeds and rates may
+be added later, but the first grid of several rates is another plan, because it keeps rows for validation. A
+run that fails is named, and runs again the next time. A loss or score that is not finite is a result.
 """
 import argparse
 import contextlib
@@ -57,10 +58,10 @@ from lib.files import digest, empty, read_record, write_safely  # noqa: E402
 from lib.report import escape_unprintable, quiet_ends, stop  # noqa: E402
 from lib.rows import TENTH, split_off  # noqa: E402
 
-ENTRIES = ["fft", "0.5 fft", "lora", "0.5 lora", "lora --rest train", "molf", "molf --score pfn", "molf --score snr",
-           "molf --score align", "molf --route softmax", "molf --route sticky", "molf --score random",
-           "molf --score always_full", "molf --score always_lora", "molf --score even --route softmax",
-           "molf-e"]
+ENTRIES = ["fft", "0.5 fft", "lora", "0.5 lora", "lora --rest train", "molf", "molf --score pfn",
+           "molf --score snr", "molf --score align", "molf --route softmax", "molf --route sticky",
+           "molf --score random", "molf --score always_full", "molf --score always_lora",
+           "molf --score even --route softmax", "molf-e"]
 OF_ENTRIES = set("method score route top_k ranks alpha dropout rest weight_decay lora_weight_decay warmup "
                  "clip".split())
 OF_THIS_PROGRAM = set("method rest lr lora_lr seed out overwrite resume eval_only no_before dry_run "
@@ -93,7 +94,10 @@ def known_runs(rows, a):
     wanted = {entry: sources(entry, a.entries) for entry in a.entries}
     needed = in_order(source for pair in wanted.values() for source in pair if source)
     grids = [grid(source, a) for source in needed]
-    runs = [run for runs in grids if len(runs) > 1 or searched(runs[0].entry, rows) for run in runs]
+    runs = []
+    for planned in grids:
+        if len(planned) > 1 or searched(planned[0].entry, rows):
+            runs += planned
     rates = {source: choice(source, rows, a) for source in needed}
     for entry, (full, lora) in wanted.items():
         if all(rates[source] is not None for source in (full, lora) if source):
@@ -348,8 +352,8 @@ def parse_args(argv):
     for entry in a.entries:
         words = entry.strip() and words_of(entry)
         if not words or words[0] not in METHODS:
-            p.error(f"--entries {entry!r}: an entry begins with a method, one of {' '.join(METHODS)}, or with a "
-                    f"factor of its rates before that")
+            p.error(f"--entries {entry!r}: an entry begins with a method, one of {' '.join(METHODS)}, or "
+                    f"with a factor of its rates before that")
         wrong = flags_given(["--method", *words]) - OF_ENTRIES
         if wrong:
             p.error(f"--entries {entry!r}: {as_flags(wrong)} cannot differ between entries")
@@ -407,7 +411,8 @@ def main(argv=None):
             print(f"stopped: {len(missing)} or more runs are missing; the same command goes on")
             return
         if without_rate:
-            print(f"not tested, because no run that searches their rates was finite: {', '.join(without_rate)}")
+            print("not tested, because no run that searches their rates was finite: "
+                  + ", ".join(without_rate))
         print(f"\n{report(a.csv, a.metrics)}")
     except (ValueError, OSError) as e:
         stop(e)

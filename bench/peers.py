@@ -49,8 +49,8 @@ from model import TARGETS           # noqa: E402
 
 PEERS = ("fft", "lora", "dora", "adalora")
 # flags of train.py
-NOT_HERE = ("method", "score", "route", "top_k", "resume", "eval_only", "eval_every", "dry_run", "tensorboard",
-            "pure_bf16", "eager")
+NOT_HERE = ("method", "score", "route", "top_k", "resume", "eval_only", "eval_every", "dry_run",
+            "tensorboard", "pure_bf16", "eager")
 
 
 def parse_args(argv):

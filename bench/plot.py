@@ -189,6 +189,11 @@ def pictures(runs):
         figures[f"map{suffix}.png"] = draw_map(run)
     return figures
 
+def save(figure, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_safely(path, partial(figure.savefig, format="png", pil_kwargs={"optimize": True}))
+    print(path)
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the directory of a finished run")
@@ -197,10 +202,8 @@ def main(argv=None):
     escape_unprintable()
     try:
         figures = pictures([read_run(folder) for folder in a.runs])
-        a.out.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
-            write_safely(a.out / name, partial(figure.savefig, format="png", pil_kwargs={"optimize": True}))
-            print(a.out / name)
+            save(figure, a.out / name)
     except ImportError as e:
         stop(f"{e}: the pictures need it, pip install matplotlib")
     except (ValueError, OSError) as e:

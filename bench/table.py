@@ -29,8 +29,9 @@ Differences of means, with 95 % intervals. The spread over rows is that of 2,000
 both sides), the spread over seeds that of the seeds' means, each side's own; and the width goes by Student's
 t, which knows how few the seeds are. A true difference of 1.4 times half a width is found four times in five.
 *within {MARGIN}*: yes if neither interval, against fft and against lora, goes lower than {MARGIN} points
-worse; no if one of them lies below that as a whole; else open. Of many entries the one that looks best does so by
-luck as well: no interval knows of that choice. An entry with a run that was not finite is left out."""
+worse; no if one of them lies below that as a whole; else open. Of many entries the one that looks best
+does so by luck as well: no interval knows of that choice. An entry with a run that was not finite is left
+out."""
 
 # ------------------------------------------------------------------------------------------------------------
 # runs and entries
@@ -250,8 +251,8 @@ def interval(one, other, rows_one, rows_other):
     return x, x - half, x + half
 
 def pairs_of(entries, planned):
-    """-> [(entry, what it is compared with)], of those that there are. planned: all entries of the table, also
-    those of which a run was not finite"""
+    """-> [(entry, what it is compared with)], of those that there are. planned: all entries of the table,
+    also those of which a run was not finite"""
     first = {method: plain(method, planned) for method in METHODS}
     rules = [e for e in entries if method_of(e) == "molf"]
     coins = [e for e in rules if "--score random" in e]
@@ -280,7 +281,7 @@ def ends_of(low, high, metric):
     return f"{shown(low, metric, '+')} to {shown(high, metric, '+')}"
 
 def margin_table(entries, drawn, planned, metric):
-    """entries: {entry: sums, ns}; drawn: what `resample` gives for them -> lines: molf against fft and lora"""
+    """entries: {entry: sums, ns}; drawn: what `resample` gives for them. -> lines: molf against fft, lora"""
     bases = [plain(method, planned) for method in ("fft", "lora")]
     rules = [e for e in entries if method_of(e) == "molf"]
     if not rules or not set(bases) <= set(entries):
@@ -391,6 +392,9 @@ def report(path, metrics=None):
     for metric in metrics:
         sides = {entry: sums_of([outcomes[run][metric] for run in of_entry])
                  for entry, of_entry in runs.items() if set(of_entry) <= set(tested)}
+        if not sides:
+            break
         drawn = resample(sides)
-        tables += margin_table(sides, drawn, planned, metric) + difference_table(sides, drawn, planned, metric)
+        tables += margin_table(sides, drawn, planned, metric)
+        tables += difference_table(sides, drawn, planned, metric)
     return "\n".join([*lines, "", EXPLANATION, "", *tables] if tables else lines)

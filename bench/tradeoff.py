@@ -9,13 +9,11 @@ matplotlib.
 import argparse
 import statistics
 import sys
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench.plot import COLOURS, DASHES, MARKERS, new_figure, shown  # noqa: E402
+from bench.plot import COLOURS, DASHES, MARKERS, new_figure, save, shown  # noqa: E402
 from bench.table import METHODS, factor_of, method_of, read_table, test_runs, unit, words_of  # noqa: E402
-from lib.files import write_safely  # noqa: E402
 from lib.report import escape_unprintable, quiet_ends, stop  # noqa: E402
 
 FILLS = "full", "none", "left", "right"
@@ -55,10 +53,7 @@ def main(argv=None):
         for metric in (a.x, a.y):
             if not any(row.get(metric) for row in rows.values()):
                 raise ValueError(f"{a.table} has no {metric}")
-        figure = draw(rows, a.x, a.y)
-        a.out.parent.mkdir(parents=True, exist_ok=True)
-        write_safely(a.out, partial(figure.savefig, format="png", pil_kwargs={"optimize": True}))
-        print(a.out)
+        save(draw(rows, a.x, a.y), a.out)
     except ImportError as e:
         stop(f"{e}: the picture needs it, pip install matplotlib")
     except (ValueError, OSError) as e:

@@ -121,8 +121,8 @@ def few_sizes(counts, price):
 
 def price_of_a_size(model, tokens):
     """In tokens. A size, of so many tokens, is run once and then recorded. To record it takes about 8 ms a
-    block and micro-batch. A token takes six operations for each number of the linear layers, of which a GPU does
-    4e14 a second (an H100, in bf16)."""
+    block and micro-batch. A token takes six operations for each number of the linear layers, of which a GPU
+    does 4e14 a second (an H100, in bf16)."""
     seconds = 0.008 * len(model.model["layers"])
     numbers = sum(layer.weight.numel() for _, layer in model_py.molf_layers(model))
     return tokens + seconds / (6 * numbers / 4e14)

@@ -348,7 +348,8 @@ def test_a_factor_of_the_rates():
     entries = ["0.5 fft", "2 molf --score pfn"]
     assert table.sources("0.5 fft", entries) == ("fft", None)
     assert [table.factor_of(e) for e in ["fft", *entries]] == [1, 0.5, 2]
-    a = compare.parse_args(["--entries", *entries, "--lrs", "1e-3", "--lora-lrs", "2e-3", "--seeds", "1", *SMALL])
+    a = compare.parse_args(["--entries", *entries, "--lrs", "1e-3", "--lora-lrs", "2e-3", "--seeds", "1",
+                            *SMALL])
     runs = compare.known_runs({}, a)
     assert runs == [Run("test", "0.5 fft", 5e-4, None, 1), Run("test", "2 molf --score pfn", 2e-3, 4e-3, 1)]
     assert runs[1].flags()[:6] == ["--method", "molf", "--score", "pfn", "--lr=0.002", "--lora-lr=0.004"]
@@ -363,7 +364,8 @@ def test_a_picture_of_two_metrics(tmp_path, monkeypatch):
         for seed in (1, 2):
             run = Run("test", entry, table.factor_of(entry), 1.0 if entry == "molf" else None, seed)
             value = es + (0.1 if seed == 1 else -0.1)
-            add_row(path, run, run._asdict() | dict(ended="finished", plan="p", select="ES", ES=value, NS=0.5), {})
+            row = run._asdict() | dict(ended="finished", plan="p", select="ES", ES=value, NS=0.5)
+            add_row(path, run, row, {})
     figure = tradeoff.draw(read_table(path), "ES", "NS")
     lines = [line.get_xydata().tolist() for line in figure.axes[0].lines]
     assert [[20, 50], [60, 50], [40, 50]] in [[[round(x) for x in point] for point in line] for line in lines]
@@ -399,3 +401,7 @@ def test_a_report_by_hand(tmp_path):
     add_row(path, lost, lost._asdict() | dict(ended="not finite", plan="p", select="ES", task="fact"), {})
     text = report(path, ["ES"])
     assert "50.0 ± 0.0 |  | 2, 1 not finite |" in text and "within" not in text
+    for entry in ("fft", "molf"):
+        lost = Run("test", entry, 1e-3, None if entry == "fft" else 1e-3, 3)
+        add_row(path, lost, lost._asdict() | dict(ended="not finite", plan="p", select="ES", task="fact"), {})
+    assert report(path, ["ES"]).count("1 not finite") == 3              # and nothing is left to compare
