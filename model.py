@@ -532,7 +532,7 @@ def add_experts(model, ranks=(128,), alpha=32, full=True, dropout=0.0, targets=T
         raise ValueError(f"the model has no nn.Linear named {', '.join(targets)}: give its names as targets")
     return layers
 
-# lib/fast.py compiles lora_gradients and fold_layer.
+# lib/fast.py compiles fold_layer.
 
 spread = iter       # the loops of unfold and fold run through it; lib/fast.py puts them on CUDA streams
 

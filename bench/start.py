@@ -4,7 +4,7 @@
     python bench/start.py toy ROWS --shape toy --task med   # a CPU
 
 A checkpoint with random weights is made once, with the tokenizer's files. Then train.py runs on the first
-rows of ROWS, cold, with nothing compiled before, and twice more, warm. For each run a line has the seconds
+rows of ROWS, cold, with nothing compiled before, and once more, warm. For each run a line has the seconds
 from the command until the model is loaded, evaluated, the first step done, and the last one; and the tokens a
 second of the last line.
 """
@@ -74,7 +74,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         make_checkpoint(folder / "model", a.shape, a.tokenizer)
-        for i, name in enumerate(("cold", "warm", "warm")):
+        for i, name in enumerate(("cold", "warm")):
             seen, last = run([sys.executable, a.train, "--model", str(folder / "model"), "--task", a.task,
                               "--method", a.method, "--data", a.rows, "--eval-data", a.rows, "--epochs", "1",
                               "--limit", str(32 * a.steps), "--eval-limit", str(a.eval_rows),

@@ -65,8 +65,7 @@ def fast_parts(cuda):
     parts = {
         (model_py.Block, "forward"): compile_block(model_py.Block.forward),
         (model_py, "cross_entropy"): all_shapes(model_py.cross_entropy),
-        (model_py, "lora_gradients"): shape_by_shape(model_py.lora_gradients),
-        (model_py, "fold_layer"): shape_by_shape(model_py.fold_layer),
+        (model_py, "fold_layer"): all_shapes(model_py.fold_layer),
         (molf, "observe_and_score"): shape_by_shape(molf.observe_and_score),
         (molf, "move"): all_shapes(molf.move),
         (molf, "observe_and_move"): all_shapes(molf.observe_and_move),

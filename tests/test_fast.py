@@ -85,7 +85,7 @@ def test_a_compiled_step_is_the_plain_one(method, options):
 
 def test_a_fast_step_leaves_everything_in_its_place():
     """What it rebinds while it runs is back afterwards, also behind an error: evaluation is not compiled."""
-    places = [(model_py, "cross_entropy"), (model_py, "lora_gradients"), (model_py, "fold_layer"),
+    places = [(model_py, "cross_entropy"), (model_py, "fold_layer"),
               (model_py, "spread"), (molf, "observe_and_score"), (molf, "move"), (molf, "observe_and_move"),
               (molf, "spread"), (model_py.Block, "forward")]
     before = [getattr(*p) for p in places]
