@@ -2,6 +2,8 @@
 
 u is Adam's direction, m / (sqrt(v) + eps). |dW(u)| is how far W_eff moves along it, see molf.movement.
 """
+import torch
+
 from molf import movement, total
 
 
@@ -39,5 +41,15 @@ def pace(e):
     u = direction(e, e.m, e.v)
     return total(m * x for m, x in zip(e.m, u)) / (movement(e, u) + 1e-30)
 
+def t_test(e, past={}, beta=0.9):
+    """Does g.u differ from 0, from batch to batch? S = its mean over its standard deviation, both of the last
+    ten batches or so. They are this rule's own state: it wants --eager on a GPU, and --resume loses them."""
+    u = direction(e, e.m_before, e.v_before)
+    x = total(g * x for g, x in zip(e.g, u))
+    key = e.w[0].data_ptr()
+    mean, square = past[key] if e.t > 1 else (x, x ** 2)
+    past[key] = mean, square = torch.lerp(mean, x, 1 - beta), torch.lerp(square, x ** 2, 1 - beta)
+    return mean / ((square - mean ** 2).clamp_min(0).sqrt() + 1e-30)
 
-CANDIDATES = {f.__name__: f for f in (gain, trend, fisher, flat, pace)}
+
+CANDIDATES = {f.__name__: f for f in (gain, trend, fisher, flat, pace, t_test)}
