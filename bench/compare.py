@@ -9,7 +9,8 @@ answer: a model, a task and its rows, on which the methods and their controls ru
 
 What stands behind -- goes to train.py for every run. An entry is what the others do not have: a method, and
 perhaps flags. "0.5 fft" has half the learning rates of "fft". Of the entries of a method the shortest is its
-plain one, the others are variants of it.
+plain one, the others are variants of it. transformers-fft, peft-lora, dora and adalora are methods as well:
+bench/peers.py runs them, on the same rows.
 
 Rows. The training rows are split once, by a fixed seed: --validation of them are kept, to choose learning
 rates. Of med, sql and text the others train in both phases, and the choice is by the metric --select on the
@@ -17,11 +18,12 @@ validation rows. Facts are measured on the cases that train. So their validation
 (by default half of all, so that both phases take as many steps), which train and are measured in the first
 phase, and never in the second. The test rows choose nothing.
 
-Learning rates. In the phase "lr" the plain fft runs with each of --lrs, plain lora and plain molf-e with each
-of --lora-lrs, all with one seed. In the phase "test" a variant has its method's choice. molf has no grid of
-its own: its full expert has the choice of fft, its LoRA expert that of lora. So has lora with --rest train,
-whose rest has the choice of fft. Equal values: the lower rate. A grid of one rate needs no runs, and if all
-are so, no row is kept for validation.
+Learning rates. In the phase "lr" the plain fft runs with each of --lrs, plain lora, molf-e and dora with each
+of --lora-lrs, and adalora with ten times those, all with one seed. In the phase "test" a variant has its
+method's choice. molf has no grid of its own: its full expert has the choice of fft, its LoRA expert that of
+lora. So has lora with --rest train, whose rest has the choice of fft. transformers-fft and peft-lora have
+those of fft and lora. Equal values: the lower rate. A grid of one rate needs no runs, and if all are so, no
+row is kept for validation.
 
 What is left. When a run ends, its row is written to --csv, and the outcome of each row that it was asked to
 the .jsonl beside it. Those two files say what is finished: the same command goes on from there, also without
@@ -50,7 +52,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 import train  # noqa: E402
 from bench.candidates import CANDIDATES  # noqa: E402
-from bench.table import (LOWER_IS_BETTER, METHODS, Run, add_row, best_of, factor_of,  # noqa: E402
+from bench.table import (LOWER_IS_BETTER, METHODS, PEERS, Run, add_row, best_of, factor_of,  # noqa: E402
                          in_order, method_of, metrics_of, outcomes_of, rate, read_table, report, searched,
                          shown, sources, words_of)
 from data import TASKS, load_rows  # noqa: E402
@@ -75,7 +77,8 @@ def grid(source, a):
     """The runs that search the learning rate of a plain entry, the lowest first."""
     if method_of(source) == "fft":
         return [Run("lr", source, lr, None, a.lr_seed) for lr in a.lrs]
-    return [Run("lr", source, None, lr, a.lr_seed) for lr in a.lora_lrs]
+    factor = 10 if method_of(source) == "adalora" else 1                # see bench/peers.py
+    return [Run("lr", source, None, factor * lr, a.lr_seed) for lr in a.lora_lrs]
 
 def choice(source, rows, a):
     """-> the learning rate of a plain entry. None before its search has ended, or if no run was finite"""
@@ -145,20 +148,29 @@ def write_rows(a):
 # ------------------------------------------------------------------------------------------------------------
 # the runs
 
+def evaluation_of(run, out):
+    """The directory with the results of a run. A peer's is evaluated by a second one."""
+    return out / "evaluation" if method_of(run.entry) in PEERS else out
+
 def what_ended(run, out):
     """The directory of a finished run -> its row, and the outcomes of the rows that it was asked"""
+    evaluation = evaluation_of(run, out)
     config = read_record(out / "config.json")
-    results = json.loads((out / "results.json").read_text())
-    predictions = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
-    gates = load_file(out / "routing.safetensors")["gates"]             # (steps, modules, experts)
+    results = json.loads((evaluation / "results.json").read_text())
+    predictions = [json.loads(line) for line in (evaluation / "predictions.jsonl").read_text().splitlines()]
+    first_share = None
+    if evaluation == out:
+        gates = load_file(out / "routing.safetensors")["gates"]         # (steps, modules, experts)
+        if gates.shape[-1] > 1:
+            first_share = gates[..., 0].float().mean().item()
     after = results["after"]
     row = run._asdict() | dict(
         ended="finished",
-        first_share=gates[..., 0].float().mean().item() if gates.shape[-1] > 1 else None,
+        first_share=first_share,
         steps=config["steps"],
         rows=config["rows"],
         eval_rows=len(predictions),
-        train_seconds=round(results["train_seconds"], 1),
+        train_seconds=round((config | results)["train_seconds"], 1),
         eval_seconds=round(after.pop("seconds"), 1),
         inputs=digest(sorted(config["inputs"].items())),
         **{key: config[key] for key in ("date", "git", "torch", "gpu")},
@@ -172,18 +184,26 @@ def log_of(out):
 def last_line(path):
     return path.read_text().strip().rpartition("\n")[2]
 
+def train_and_evaluate(run, argv, out):
+    method = method_of(run.entry)
+    if method in PEERS:
+        from bench import peers     # it needs transformers and peft
+        peers.main(["--peer", PEERS[method], "--", *argv, "--out", str(out), "--overwrite"])
+        return
+    goes_on = any((out / "checkpoints").glob("*"))
+    train.main(["--method", method, *argv, "--out", str(out), *["--resume"] * goes_on])
+
 def run_one(run, argv, out):
     """Train and evaluate in this process, unless that is done. -> "finished" or "not finite", row, outcomes.
     -> "stopped" or "failed", why, None"""
     log_of(out).parent.mkdir(parents=True, exist_ok=True)
     with open(log_of(out), "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
-            if not (out / "results.json").exists():
-                goes_on = any((out / "checkpoints").glob("*"))
-                train.main([*argv, "--out", str(out), *["--resume"] * goes_on])
+            if not (evaluation_of(run, out) / "results.json").exists():
+                train_and_evaluate(run, argv, out)
             found = "finished", *what_ended(run, out)
         except SystemExit as e:
-            if isinstance(e.__context__, FloatingPointError):           # as train.py's stop leaves it
+            if isinstance(e.__context__, FloatingPointError):           # as `stop` leaves it
                 found = "not finite", run._asdict() | {"ended": "not finite"}, {}
             elif e.code == 128 + signal.SIGTERM:
                 return "stopped", "", None
@@ -338,6 +358,18 @@ def flags_given(argv):
 def as_flags(names):
     return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
 
+def refuse_nonsense(words, shared):
+    """Exit with 2 if the program that will run the entry does not take its flags."""
+    method, *flags = words
+    if method in PEERS:
+        try:
+            from bench import peers
+        except ImportError as e:
+            stop(f"{e}: peers need it, pip install transformers peft")
+        peers.parse_args(["--peer", PEERS[method], "--", *shared, *flags, "--out", "-", "--overwrite"])
+    else:
+        train.parse_args([*shared, "--method", *words])
+
 def parse_args(argv):
     """-> the flags, with what follows from them: shared (what stands behind --), cell (all flags of train.py
     that it means), plan (a digest of what the runs of a table have in common). Wrong usage exits with 2."""
@@ -354,10 +386,10 @@ def parse_args(argv):
         if not words or words[0] not in METHODS:
             p.error(f"--entries {entry!r}: an entry begins with a method, one of {' '.join(METHODS)}, or "
                     f"with a factor of its rates before that")
-        wrong = flags_given(["--method", *words]) - OF_ENTRIES
+        wrong = flags_given(words[1:]) - OF_ENTRIES
         if wrong:
             p.error(f"--entries {entry!r}: {as_flags(wrong)} cannot differ between entries")
-        train.parse_args([*shared, "--method", *words])                     # exits if that makes no sense
+        refuse_nonsense(words, shared)
     a.shared, a.cell = shared, train.parse_args(shared)
     task = TASKS[a.cell.task]
     a.entries = in_order(a.entries)

@@ -42,8 +42,9 @@ import transformers                 # noqa: E402
 from torch.nn.utils import clip_grad_norm_      # noqa: E402
 
 from data import Tokenizer, batch_of, count_targets, micro_batches      # noqa: E402
-from lib.files import clear_run, copy_companions, find_checkpoint, save_record, set_eos     # noqa: E402
-from lib.report import peak_memory, provenance      # noqa: E402
+from lib.files import (clear_run, copy_companions, find_checkpoint, run_inputs,  # noqa: E402
+                       save_record, set_eos)
+from lib.report import begun, peak_memory, provenance, stop    # noqa: E402
 from lib.rows import read_data      # noqa: E402
 from model import TARGETS           # noqa: E402
 
@@ -205,7 +206,9 @@ def train_peer(model, peer, examples, a, log):
     for step in range(steps):
         rate = optimizer.param_groups[0]["lr"]
         loss = backward(model, peer, batch_of(step, examples, a), a)
-        norm = clip_grad_norm_(params, a.clip, error_if_nonfinite=True)
+        norm = clip_grad_norm_(params, a.clip)
+        if not norm.isfinite():
+            raise FloatingPointError(f"the gradient's norm at step {step + 1} is {norm.item()}")
         optimizer.step()
         schedule.step()
         if peer == "adalora":
@@ -223,7 +226,8 @@ def train_and_export(peer, a):
     out = Path(a.out)
     source = find_checkpoint(a.model)
     tokenizer = Tokenizer.from_file(source)
-    examples = read_data(a, tokenizer).examples
+    rows = read_data(a, tokenizer)
+    examples = rows.examples
     steps = count_steps(examples, a)
     model = load(source, peer, a, steps)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -232,7 +236,7 @@ def train_and_export(peer, a):
     out.mkdir(parents=True, exist_ok=a.overwrite)
     clear_run(out)
     clear_run(out / "evaluation")
-    begin = time.perf_counter()
+    date, begin = begun(out, a), time.perf_counter()
     with open(out / "log.jsonl", "w") as log_file:
         def log(record):
             values = "  ".join(f"{name} {value:.4g}" for name, value in record.items() if name != "step")
@@ -243,14 +247,17 @@ def train_and_export(peer, a):
     export(model, source, tokenizer, a)
     versions = {"peft": peft.__version__, "transformers": transformers.__version__}
     said = dict(peer=peer, rows=len(examples), steps=steps, parameters=trained, train_seconds=seconds,
-                peak_gb=peak_memory(torch.device(a.device)))
+                peak_gb=peak_memory(torch.device(a.device)), inputs=run_inputs(rows, source), date=date)
     save_record(out / "config.json", dict(flags=vars(a)) | said | versions | provenance())
 
 
 def main(argv=None):
     peer, a = parse_args(sys.argv[1:] if argv is None else argv)
     torch.set_flush_denormal(True)          # as in train.py
-    train_and_export(peer, a)
+    try:
+        train_and_export(peer, a)
+    except FloatingPointError as e:
+        stop(e)
     # reads task, rows and limits from OUT/config.json
     train.main(["--eval-only", f"{a.out}/model", "--out", f"{a.out}/evaluation", "--device", a.device,
                 "--overwrite"])

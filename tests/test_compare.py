@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 
 import pytest
 import torch
@@ -157,6 +158,9 @@ def test_where_an_entry_has_its_rates_from():
         table.sources("molf", entries) == ("fft", "lora")
     assert table.sources("lora", entries) == (None, "lora") and table.sources("fft", entries) == ("fft", None)
     assert table.sources("molf-e", entries) == (None, "molf-e")
+    assert table.sources("transformers-fft", entries) == ("fft", None)
+    assert table.sources("peft-lora", entries) == (None, "lora")
+    assert table.sources("dora --ranks 4", ["dora", "dora --ranks 4"]) == (None, "dora")
     entries = ["lora --ranks 4", "molf --ranks 4", "lora --ranks 4 --rest train"]
     assert table.sources("molf --ranks 4", entries) == ("fft", "lora --ranks 4")
 
@@ -236,6 +240,26 @@ def test_a_plan_leaves_a_table_and_the_outcome_of_each_row(one_worker, capsys):
     assert "| `fft` | 0.001 |  | " in text and "| PS |" not in text
 
 
+def test_peers_run_on_the_same_rows_and_are_compared(tmp_path, capsys):
+    plan = ["--entries", "fft", "transformers-fft", "lora", "molf-e", "dora", "--lrs", "1e-3",
+            "--lora-lrs", "1e-2", "1e30", "--seeds", "1"]
+    compare.main(small_plan(tmp_path, plan=plan))
+    rows = {str(run): row for run, row in rows_of(tmp_path).items()}
+    assert rows["lr, dora, lora-lr 1e+30, seed 0"]["ended"] == "not finite"
+    ours, theirs = rows["test, fft, lr 0.001, seed 1"], rows["test, transformers-fft, lr 0.001, seed 1"]
+    same = ["steps", "rows", "eval_rows", "inputs", "ES", "PS", "NS", "accuracy"]
+    assert [ours[name] for name in same] == [theirs[name] for name in same]
+    assert rows["test, dora, lora-lr 0.01, seed 1"]["first_share"] == ""
+    text = capsys.readouterr().out
+    assert "| `transformers-fft` − `fft` | +0.0 |" in text and "| `molf-e` − `dora` | " in text
+    assert not list(tmp_path.rglob("model.safetensors"))
+
+
+def test_adalora_is_searched_at_ten_times_the_rates():
+    a = compare.parse_args(["--entries", "adalora", "--lora-lrs", "1e-3", "3e-3", *SMALL])
+    assert [run.lora_lr for run in compare.known_runs({}, a)] == [pytest.approx(1e-2), pytest.approx(3e-2)]
+
+
 def test_what_has_ended_does_not_run_again(one_worker, monkeypatch, tmp_path, capsys):
     """Only the table and the file beside it have travelled."""
     for file in one_worker.glob("small.*"):
@@ -300,6 +324,8 @@ def test_after_until_nothing_begins_and_what_runs_is_stopped_and_goes_on_later(t
     (["--entries", "molf --lr 1", *SMALL], "--lr cannot differ between entries"),
     (["--entries", "molf --score best", *SMALL], "invalid choice: 'best'"),
     (["--entries", "fft --ranks 4", *SMALL], "fft has no LoRA expert"),
+    (["--entries", "dora --rest train", *SMALL], "a peer has one rank, and --rest as it is without the flag"),
+    (["--entries", "adalora --score snr", *SMALL], "--score is not for peers"),
     ([*SMALL, "--seed", "1", "--resume"], "--resume, --seed: not for all runs"),
     (["--select", "BLEU", *SMALL], "'BLEU' is no metric of rows of fact: there are ES, PS, NS, accuracy"),
     (["--metrics", "perplexity", "--", "--task", "text", "--data", __file__, "--eval-data", "x"],
@@ -312,6 +338,14 @@ def test_a_wrong_plan_is_refused_before_it_begins(argv, message, capsys):
     with pytest.raises(SystemExit) as e:
         compare.main(argv)
     assert e.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_peers_without_what_they_need_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.delitem(sys.modules, "bench.peers", raising=False)
+    monkeypatch.delattr("bench.peers", raising=False)
+    with pytest.raises(SystemExit, match="pip install transformers peft"):
+        compare.parse_args(["--entries", "dora", *SMALL])
 
 
 def test_the_table_of_another_plan_is_refused(one_worker, tmp_path):
@@ -352,7 +386,7 @@ def test_a_factor_of_the_rates():
                             *SMALL])
     runs = compare.known_runs({}, a)
     assert runs == [Run("test", "0.5 fft", 5e-4, None, 1), Run("test", "2 molf --score pfn", 2e-3, 4e-3, 1)]
-    assert runs[1].flags()[:6] == ["--method", "molf", "--score", "pfn", "--lr=0.002", "--lora-lr=0.004"]
+    assert runs[1].flags()[:4] == ["--score", "pfn", "--lr=0.002", "--lora-lr=0.004"]
     table_of = {run: {"ended": "finished"} for run in runs}
     assert table.test_runs(table_of, "ES") == {run.entry: [run] for run in runs}
 
