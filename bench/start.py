@@ -4,9 +4,9 @@
     python bench/start.py toy ROWS --shape toy --task med   # a CPU
 
 A checkpoint with random weights is made once, with the tokenizer's files. Then train.py runs on the first
-rows of ROWS, cold, with nothing compiled before, and once more, warm. For each run a line has the seconds
-from the command until the model is loaded, evaluated, the first step done, and the last one; and the tokens a
-second of the last line.
+rows of ROWS, cold, with nothing compiled before, and once more, warm. After its last step it is killed. For
+each run a line has the seconds from the command until the model is loaded, evaluated, the first step done,
+and the last one; and the tokens a second of the last line.
 """
 import argparse
 import json
@@ -39,9 +39,9 @@ def make_checkpoint(folder, shape, tokenizer):
         shutil.copy(Path(tokenizer) / name, folder)
 
 
-def run(command, cache):
+def run(command, cache, steps):
     """-> {step, "loaded" or "evaluated": seconds from the command to the line that says so}, the last one"""
-    begin, seen, last = time.perf_counter(), {}, ""
+    begin, seen = time.perf_counter(), {}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
                                env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache),
                                                  "PYTHONUNBUFFERED": "1"})
@@ -54,10 +54,10 @@ def run(command, cache):
             seen["evaluated"] = now
         if found:
             seen[int(found[1])] = now
-            last = line
-    if process.wait():
-        sys.exit(f"{' '.join(command)} failed")
-    return seen, last
+            if int(found[1]) == steps:
+                process.kill()
+                return seen, line
+    sys.exit(f"{' '.join(command)} failed")
 
 
 def main():
@@ -75,10 +75,11 @@ def main():
         folder = Path(folder)
         make_checkpoint(folder / "model", a.shape, a.tokenizer)
         for i, name in enumerate(("cold", "warm")):
-            seen, last = run([sys.executable, a.train, "--model", str(folder / "model"), "--task", a.task,
-                              "--method", a.method, "--data", a.rows, "--eval-data", a.rows, "--epochs", "1",
-                              "--limit", str(32 * a.steps), "--eval-limit", str(a.eval_rows),
-                              "--log-every", "5", "--out", str(folder / f"out{i}")], folder / "cache")
+            command = [sys.executable, a.train, "--model", str(folder / "model"), "--task", a.task,
+                       "--method", a.method, "--data", a.rows, "--eval-data", a.rows, "--epochs", "1",
+                       "--limit", str(32 * a.steps), "--eval-limit", str(a.eval_rows),
+                       "--log-every", "5", "--out", str(folder / f"out{i}")]
+            seen, last = run(command, folder / "cache", a.steps)
             result = {f"step {k}" if isinstance(k, int) else k: round(s, 1) for k, s in seen.items()
                       if k in ("loaded", "evaluated", 1, a.steps)}
             result["tok/s"] = re.search(r"(\S+) tok/s", last)[1]
