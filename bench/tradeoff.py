@@ -9,6 +9,7 @@ matplotlib.
 import argparse
 import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -25,7 +26,10 @@ def draw(rows, x, y):
     """rows: a table, see bench/table.py -> Figure"""
     runs = test_runs(rows, next(iter(rows.values()))["select"])
     figure, (ax,) = new_figure(3.2 + 0.14 * len(runs))
-    for i, (entry, of_entry) in enumerate(runs.items()):
+    drawn = Counter()                           # method -> how many of its entries: each has its own marker
+    for entry, of_entry in runs.items():
+        i = drawn[method_of(entry)]
+        drawn[method_of(entry)] += 1
         xs, ys = values_of(of_entry, rows, x), values_of(of_entry, rows, y)
         if len(xs) > 1:
             ax.errorbar(statistics.mean(xs), statistics.mean(ys), statistics.stdev(ys), statistics.stdev(xs),
