@@ -41,15 +41,21 @@ def pace(e):
     u = direction(e, e.m, e.v)
     return total(m * x for m, x in zip(e.m, u)) / (movement(e, u) + 1e-30)
 
-def t_test(e, past={}, beta=0.9):
-    """Does g.u differ from 0, from batch to batch? S = its mean over its standard deviation, both of the last
-    ten batches or so. They are this rule's own state: it wants --eager on a GPU, and --resume loses them."""
+PAST = {}       # of t_test: place of an expert's weight -> its t, mean and mean square
+
+def t_test(e, beta=0.9):
+    """Is g.u above 0 from batch to batch? S = its mean over its standard deviation, of the last ten batches
+    or so; 0 at first. PAST is a state of its own: it wants --eager on a GPU, and --resume begins it anew."""
     u = direction(e, e.m_before, e.v_before)
     x = total(g * x for g, x in zip(e.g, u))
-    key = e.w[0].data_ptr()
-    mean, square = past[key] if e.t > 1 else (x, x ** 2)
-    past[key] = mean, square = torch.lerp(mean, x, 1 - beta), torch.lerp(square, x ** 2, 1 - beta)
-    return mean / ((square - mean ** 2).clamp_min(0).sqrt() + 1e-30)
+    t, key = int(e.t), e.w[0].data_ptr()
+    seen, mean, square = PAST.get(key, (0, x, x ** 2))
+    if t <= 2 or seen != t - 1:                             # (at t = 1 there was no u yet)
+        mean, square = x, x ** 2
+    mean, square = torch.lerp(x, mean, beta), torch.lerp(x ** 2, square, beta)
+    PAST[key] = t, mean, square
+    variance = square - mean ** 2
+    return torch.where(variance > 0, mean / variance.sqrt(), 0.0)
 
 
 CANDIDATES = {f.__name__: f for f in (gain, trend, fisher, flat, pace, t_test)}

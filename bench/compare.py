@@ -29,7 +29,8 @@ What is left. When a run ends, its row is written to --csv, and the outcome of e
 the .jsonl beside it. Those two files say what is finished: the same command goes on from there, also without
 --out. It goes on with an unfinished run where the same --out has its checkpoint. Entries, seeds and rates may
 be added later, but the first grid of several rates is another plan, because it keeps rows for validation. A
-run that fails is named, and runs again the next time. A loss or score that is not finite is a result.
+run that fails is named, and runs again the next time. A loss or score that is not finite is a result. A peer
+has no checkpoints: one that was stopped begins anew.
 """
 import argparse
 import contextlib
@@ -52,7 +53,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 import train  # noqa: E402
 from bench.candidates import CANDIDATES  # noqa: E402
-from bench.table import (LOWER_IS_BETTER, METHODS, PEERS, Run, add_row, best_of, factor_of,  # noqa: E402
+from bench.table import (LOWER_IS_BETTER, METHODS, PEER_OF, Run, add_row, best_of, factor_of,  # noqa: E402
                          in_order, method_of, metrics_of, outcomes_of, rate, read_table, report, searched,
                          shown, sources, words_of)
 from data import TASKS, load_rows  # noqa: E402
@@ -64,7 +65,7 @@ ENTRIES = ["fft", "0.5 fft", "lora", "0.5 lora", "lora --rest train", "molf", "m
            "molf --score snr", "molf --score align", "molf --route softmax", "molf --route sticky",
            "molf --score random", "molf --score always_full", "molf --score always_lora",
            "molf --score even --route softmax", "molf-e"]
-OF_ENTRIES = set("method score route top_k ranks alpha dropout rest weight_decay lora_weight_decay warmup "
+OF_ENTRIES = set("score route top_k ranks alpha dropout rest weight_decay lora_weight_decay warmup "
                  "clip".split())
 OF_THIS_PROGRAM = set("method rest lr lora_lr seed out overwrite resume eval_only no_before dry_run "
                       "world_size".split())
@@ -149,8 +150,8 @@ def write_rows(a):
 # the runs
 
 def evaluation_of(run, out):
-    """The directory with the results of a run. A peer's is evaluated by a second one."""
-    return out / "evaluation" if method_of(run.entry) in PEERS else out
+    """The directory with a run's results. bench/peers.py evaluates in one of its own."""
+    return out / "evaluation" if method_of(run.entry) in PEER_OF else out
 
 def what_ended(run, out):
     """The directory of a finished run -> its row, and the outcomes of the rows that it was asked"""
@@ -159,7 +160,7 @@ def what_ended(run, out):
     results = json.loads((evaluation / "results.json").read_text())
     predictions = [json.loads(line) for line in (evaluation / "predictions.jsonl").read_text().splitlines()]
     first_share = None
-    if evaluation == out:
+    if method_of(run.entry) not in PEER_OF:
         gates = load_file(out / "routing.safetensors")["gates"]         # (steps, modules, experts)
         if gates.shape[-1] > 1:
             first_share = gates[..., 0].float().mean().item()
@@ -170,7 +171,7 @@ def what_ended(run, out):
         steps=config["steps"],
         rows=config["rows"],
         eval_rows=len(predictions),
-        train_seconds=round((config | results)["train_seconds"], 1),
+        train_seconds=round((config | results)["train_seconds"], 1),        # (a peer's are in its config)
         eval_seconds=round(after.pop("seconds"), 1),
         inputs=digest(sorted(config["inputs"].items())),
         **{key: config[key] for key in ("date", "git", "torch", "gpu")},
@@ -186,9 +187,10 @@ def last_line(path):
 
 def train_and_evaluate(run, argv, out):
     method = method_of(run.entry)
-    if method in PEERS:
+    if method in PEER_OF:
         from bench import peers     # it needs transformers and peft
-        peers.main(["--peer", PEERS[method], "--", *argv, "--out", str(out), "--overwrite"])
+        exact = ["--export-dtype", "fp32"]          # ours are evaluated before they are rounded
+        peers.main(["--peer", PEER_OF[method], "--", *argv, *exact, "--out", str(out), "--overwrite"])
         return
     goes_on = any((out / "checkpoints").glob("*"))
     train.main(["--method", method, *argv, "--out", str(out), *["--resume"] * goes_on])
@@ -359,16 +361,17 @@ def as_flags(names):
     return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
 
 def refuse_nonsense(words, shared):
-    """Exit with 2 if the program that will run the entry does not take its flags."""
+    """Exit if the program that will run the entry does not take its flags: with 2, or with 1 if it is a peer
+    and its packages are missing."""
     method, *flags = words
-    if method in PEERS:
-        try:
-            from bench import peers
-        except ImportError as e:
-            stop(f"{e}: peers need it, pip install transformers peft")
-        peers.parse_args(["--peer", PEERS[method], "--", *shared, *flags, "--out", "-", "--overwrite"])
-    else:
+    if method not in PEER_OF:
         train.parse_args([*shared, "--method", *words])
+        return
+    try:
+        from bench import peers
+    except ImportError as e:
+        stop(f"{e}: {method} needs it, pip install transformers peft")
+    peers.parse_args(["--peer", PEER_OF[method], "--", *shared, *flags, "--out", "-", "--overwrite"])
 
 def parse_args(argv):
     """-> the flags, with what follows from them: shared (what stands behind --), cell (all flags of train.py

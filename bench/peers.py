@@ -20,7 +20,8 @@ LoRA. So look for its best --lora-lr before you compare.
 
 Precision on a GPU: products are in bf16, by autocast. What trains is fp32, because bf16 weights lose most
 small steps: all weights for fft, the adapters for the others, whose frozen base is bf16. The merge is in
-fp32, and its result is rounded once, to --export-dtype. On a CPU all is fp32.
+fp32, and its result is rounded once, to --export-dtype. fft is evaluated in --dtype, and the others in fp32,
+because train.py evaluates LoRA beside its base, where the sum is not rounded. On a CPU all is fp32.
 
 OUT has model/, evaluation/results.json, log.jsonl (loss, gradient norm, AdaLoRA's mean rank) and config.json.
 Batches are padded on the right. --max-tokens does not count the padding.
@@ -42,8 +43,8 @@ import transformers                 # noqa: E402
 from torch.nn.utils import clip_grad_norm_      # noqa: E402
 
 from data import Tokenizer, batch_of, count_targets, micro_batches      # noqa: E402
-from lib.files import (clear_run, copy_companions, find_checkpoint, run_inputs,  # noqa: E402
-                       save_record, set_eos)
+from lib.files import (clear_run, copy_companions, find_checkpoint, only_one,  # noqa: E402
+                       run_inputs, save_record, set_eos)
 from lib.report import begun, peak_memory, provenance, stop    # noqa: E402
 from lib.rows import read_data      # noqa: E402
 from model import TARGETS           # noqa: E402
@@ -51,7 +52,7 @@ from model import TARGETS           # noqa: E402
 PEERS = ("fft", "lora", "dora", "adalora")
 # flags of train.py
 NOT_HERE = ("method", "score", "route", "top_k", "resume", "eval_only", "eval_every", "dry_run",
-            "tensorboard", "pure_bf16", "eager")
+            "tensorboard", "pure_bf16")
 
 
 def parse_args(argv):
@@ -207,8 +208,8 @@ def train_peer(model, peer, examples, a, log):
         rate = optimizer.param_groups[0]["lr"]
         loss = backward(model, peer, batch_of(step, examples, a), a)
         norm = clip_grad_norm_(params, a.clip)
-        if not norm.isfinite():
-            raise FloatingPointError(f"the gradient's norm at step {step + 1} is {norm.item()}")
+        if not (loss + norm).isfinite():
+            raise FloatingPointError(f"step {step + 1}: loss {loss.item()}, gradient norm {norm.item()}")
         optimizer.step()
         schedule.step()
         if peer == "adalora":
@@ -233,7 +234,6 @@ def train_and_export(peer, a):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{peer} on {a.model}, task {a.task}: {len(examples)} rows, {steps} steps, seed {a.seed}, "
           f"{trained:,} parameters train")
-    out.mkdir(parents=True, exist_ok=a.overwrite)
     clear_run(out)
     clear_run(out / "evaluation")
     date, begin = begun(out, a), time.perf_counter()
@@ -254,13 +254,18 @@ def train_and_export(peer, a):
 def main(argv=None):
     peer, a = parse_args(sys.argv[1:] if argv is None else argv)
     torch.set_flush_denormal(True)          # as in train.py
+    out = Path(a.out)
     try:
-        train_and_export(peer, a)
-    except FloatingPointError as e:
+        out.mkdir(parents=True, exist_ok=a.overwrite)
+        with only_one(out):
+            train_and_export(peer, a)
+    except (FloatingPointError, FileExistsError) as e:
         stop(e)
-    # reads task, rows and limits from OUT/config.json
+    # train.py evaluates LoRA beside its base, not merged and rounded: here the sum stays in fp32
+    dtype = a.dtype if peer == "fft" else "float32"
+    # (reads task, rows and limits from OUT/config.json)
     train.main(["--eval-only", f"{a.out}/model", "--out", f"{a.out}/evaluation", "--device", a.device,
-                "--overwrite"])
+                "--dtype", dtype, "--overwrite"])
 
 
 if __name__ == "__main__":

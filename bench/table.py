@@ -19,9 +19,10 @@ from lib.files import locked, write_safely
 from lib.read import naming
 from lib.report import NO_SHARES
 
-PEERS = {"transformers-fft": "fft", "peft-lora": "lora", "dora": "dora", "adalora": "adalora"}
-METHODS = "fft", "lora", "molf", "molf-e", *PEERS     # the last ones run in bench/peers.py, under these names
-RATES_OF = {"transformers-fft": "fft", "peft-lora": "lora"}     # they are the same, so have the same rates
+# Entries that bench/peers.py runs -> its names for them
+PEER_OF = {"transformers-fft": "fft", "peft-lora": "lora", "dora": "dora", "adalora": "adalora"}
+METHODS = "fft", "lora", "molf", "molf-e", *PEER_OF
+SAME_AS = {"transformers-fft": "fft", "peft-lora": "lora"}      # the same thing, so it has the same rates
 LOWER_IS_BETTER = {"loss", "recalls true"}
 MARGIN = 1.5        # points: how much below the better of fft and lora is near enough
 # The quantile of Student's t that 2.5 % exceed, for 1 to 10 degrees of freedom
@@ -50,7 +51,7 @@ class Run(NamedTuple):
         return ", ".join([self.phase, self.entry, *rates, f"seed {self.seed}"])
 
     def flags(self):
-        """Those of train.py, which a peer takes as well, but its method"""
+        """Those of train.py without --method: a peer takes them as well."""
         rates = [f"--{name}={x}" for name, x in (("lr", self.lr), ("lora-lr", self.lora_lr)) if x is not None]
         return [*words_of(self.entry)[1:], *rates, "--seed", str(self.seed), "--no-before"]
 
@@ -69,9 +70,8 @@ def method_of(entry):
 
 def trains_rest(entry):
     """Do embedding, norms and head train? As in train.py, for fft and molf unless --rest says otherwise."""
-    full = method_of(entry) in ("fft", "molf", "transformers-fft")
     p = argparse.ArgumentParser(add_help=False)
-    p.add_argument("--rest", default="train" if full else "freeze")
+    p.add_argument("--rest", default="train" if method_of(entry) in ("fft", "molf") else "freeze")
     return p.parse_known_args(words_of(entry)[1:])[0].rest == "train"
 
 def in_order(entries):
@@ -87,7 +87,7 @@ def plain(method, entries):
 
 def sources(entry, entries):
     """-> the plain entries from which it has its lr and its lora_lr; None where it has none"""
-    method = RATES_OF.get(method_of(entry), method_of(entry))
+    method = SAME_AS.get(method_of(entry), method_of(entry))
     full = method in ("fft", "molf") or trains_rest(entry)
     lora = {"fft": None, "molf": "lora"}.get(method, method)
     return plain("fft", entries) if full else None, plain(lora, entries) if lora else None
@@ -260,7 +260,8 @@ def pairs_of(entries, planned):
     first = {method: plain(method, planned) for method in METHODS}
     rules = [e for e in entries if method_of(e) == "molf"]
     coins = [e for e in rules if "--score random" in e]
-    pairs = [(e, first[RATES_OF[method_of(e)]]) for e in entries if method_of(e) in RATES_OF]
+    pairs = [(e, e.replace(theirs, ours)) for theirs, ours in SAME_AS.items() for e in entries
+             if method_of(e) == theirs]
     pairs += [(first["molf-e"], first["lora"])]
     pairs += [(first["molf"], e) for e in entries if method_of(e) == "lora" and e != first["lora"]]
     pairs += [(e, first["molf"]) for e in rules if e not in [first["molf"], *coins]]

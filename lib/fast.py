@@ -3,7 +3,7 @@
 A GPU takes longer to launch the thousands of kernels of a step one by one than to run them. So train.py hands
 its step to `FastStep`, and bench/speed.py does the same. Three things make it fast:
 
-    compiled    a block, the loss, unfold, fold and the passes of the optimizer become few kernels each
+    compiled    a block, the loss, fold and the passes of the optimizer become few kernels each
     streams     small kernels run beside large ones, on several CUDA streams
     captured    micro-batches are padded to a few sizes. For each size the whole step is recorded once, as a
                 CUDA graph, and then replayed. A short run has fewer sizes, for each must pay for its

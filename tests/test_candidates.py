@@ -65,17 +65,21 @@ def test_flat_does_not_depend_on_the_size_of_gradients():
 
 
 def test_t_test_is_the_mean_over_the_deviation_of_past_gains():
-    """By weights of all past batches, for two experts in turn; an expert begins anew at t = 1."""
-    experts, gains = [expert("full", 1), expert("lora", 2)], {0: [], 1: []}
-    for run in range(2):
-        for t in range(1, 7):
+    """By weights of all past batches, for two experts of a kind in turn. One begins anew with each run, and
+    where its state is not that of the step before, as after --resume."""
+    experts, gains = [expert("lora", 1), expert("lora", 2)], {}
+    for run, ts in enumerate([range(1, 7), range(1, 4), range(5, 9)]):
+        for t in ts:
             for i, e in enumerate(experts):
-                e = e._replace(g=expert(e.kind, 10 * t + run).g, rates=torch.tensor([3e-4, 0, 0, 0, t, 0]))
+                g, rates = expert(e.kind, 100 * run + 10 * t + i).g, torch.tensor([0, 0, 0, 0, t, 0])
+                e = e._replace(g=g, rates=rates)
+                if t == 1:
+                    e = e._replace(m_before=[torch.zeros_like(m) for m in e.m])
                 u = flat_of(e.m_before) / (np.sqrt(flat_of(e.v_before)) + EPS)
-                gains[i] = (gains[i] if t > 1 else []) + [flat_of(e.g) @ u]
-                past = np.array(gains[i])
-                weights = 0.9 ** np.arange(t)[::-1] * np.where(np.arange(t), 0.1, 1.0)
+                gain = flat_of(e.g) @ u
+                past = gains[i] = np.append(gains[i] if t > 2 and t != ts[0] else [], gain)
+                weights = 0.9 ** np.arange(len(past))[::-1] * np.where(np.arange(len(past)), 0.1, 1.0)
                 mean = weights @ past
                 deviation = np.sqrt(weights @ past ** 2 - mean ** 2)
-                score = CANDIDATES["t_test"](e).item()
-                assert t == 1 or score == pytest.approx(mean / deviation, rel=1e-4)
+                want = mean / deviation if len(past) > 1 else 0.0
+                assert CANDIDATES["t_test"](e).item() == pytest.approx(want, rel=1e-4), (run, t, i)

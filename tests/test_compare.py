@@ -13,7 +13,9 @@ import torch
 import data
 import train
 from bench import compare, table, tradeoff
-from bench.table import Run, add_row, best_of, interval, pack, read_table, report, resample, unpack
+from bench.table import (METHODS, Run, add_row, best_of, interval, pack, read_table, report, resample,
+                         unpack)
+from lib.files import read_record
 
 SMALL = ["--", "--device", "cpu", "--limit", "8", "--epochs", "2"]
 PLAN = ["--entries", "fft", "molf", "--lrs", "1e-3", "1e30", "--seeds", "1"]
@@ -246,6 +248,8 @@ def test_peers_run_on_the_same_rows_and_are_compared(tmp_path, capsys):
     compare.main(small_plan(tmp_path, plan=plan))
     rows = {str(run): row for run, row in rows_of(tmp_path).items()}
     assert rows["lr, dora, lora-lr 1e+30, seed 0"]["ended"] == "not finite"
+    peers = {read_record(path)["peer"] for path in tmp_path.glob("runs/*/*dora*/config.json")}
+    assert peers == {"dora"}
     ours, theirs = rows["test, fft, lr 0.001, seed 1"], rows["test, transformers-fft, lr 0.001, seed 1"]
     same = ["steps", "rows", "eval_rows", "inputs", "ES", "PS", "NS", "accuracy"]
     assert [ours[name] for name in same] == [theirs[name] for name in same]
@@ -253,6 +257,16 @@ def test_peers_run_on_the_same_rows_and_are_compared(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "| `transformers-fft` − `fft` | +0.0 |" in text and "| `molf-e` − `dora` | " in text
     assert not list(tmp_path.rglob("model.safetensors"))
+
+
+def test_peers_are_paired_with_the_same_of_ours_and_with_molf_e():
+    entries = ["fft", "0.5 fft", "lora", "lora --ranks 4", "molf-e", "molf-e --score snr", "transformers-fft",
+               "0.5 transformers-fft", "2 transformers-fft", "peft-lora --ranks 4", "dora", "adalora"]
+    assert set(table.pairs_of(entries, entries)) == {
+        ("molf-e", "lora"), ("molf-e --score snr", "molf-e"),
+        ("transformers-fft", "fft"), ("0.5 transformers-fft", "0.5 fft"),
+        ("peft-lora --ranks 4", "lora --ranks 4"), ("molf-e", "dora"), ("molf-e --score snr", "dora"),
+        ("molf-e", "adalora"), ("molf-e --score snr", "adalora")}
 
 
 def test_adalora_is_searched_at_ten_times_the_rates():
@@ -322,6 +336,7 @@ def test_after_until_nothing_begins_and_what_runs_is_stopped_and_goes_on_later(t
 @pytest.mark.parametrize("argv, message", [
     (["--entries", "sgd", *SMALL], "an entry begins with a method"),
     (["--entries", "molf --lr 1", *SMALL], "--lr cannot differ between entries"),
+    (["--entries", "fft --method lora", *SMALL], "--method cannot differ between entries"),
     (["--entries", "molf --score best", *SMALL], "invalid choice: 'best'"),
     (["--entries", "fft --ranks 4", *SMALL], "fft has no LoRA expert"),
     (["--entries", "dora --rest train", *SMALL], "a peer has one rank, and --rest as it is without the flag"),
@@ -394,9 +409,10 @@ def test_a_factor_of_the_rates():
 def test_a_picture_of_two_metrics(tmp_path, monkeypatch):
     """What is drawn for each entry: its mean, and a line through the factors of fft in their order."""
     path = tmp_path / "hand.csv"
-    for entry, es in {"fft": 0.6, "0.5 fft": 0.2, "2 fft": 0.4, "molf": 0.8}.items():
+    values = {"fft": 0.6, "0.5 fft": 0.2, "2 fft": 0.4} | dict.fromkeys(METHODS[1:], 0.8)
+    for entry, es in values.items():
         for seed in (1, 2):
-            run = Run("test", entry, table.factor_of(entry), 1.0 if entry == "molf" else None, seed)
+            run = Run("test", entry, table.factor_of(entry), None if "fft" in entry else 1.0, seed)
             value = es + (0.1 if seed == 1 else -0.1)
             row = run._asdict() | dict(ended="finished", plan="p", select="ES", ES=value, NS=0.5)
             add_row(path, run, row, {})
@@ -404,7 +420,7 @@ def test_a_picture_of_two_metrics(tmp_path, monkeypatch):
     lines = [line.get_xydata().tolist() for line in figure.axes[0].lines]
     assert [[20, 50], [60, 50], [40, 50]] in [[[round(x) for x in point] for point in line] for line in lines]
     names = {text.get_text() for text in figure.legends[0].get_texts()}
-    assert names == {"fft", "0.5 fft", "2 fft", "molf"}
+    assert names == set(values)
     tradeoff.main([str(path), "--x", "ES", "--y", "NS", "--out", str(tmp_path / "sub/x.png")])
     assert (tmp_path / "sub/x.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit):
