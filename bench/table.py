@@ -381,7 +381,9 @@ def report(path, metrics=None):
                                  f"{', '.join(outcomes.get(run, {})) or 'none'}")
     made = sorted({f"{r['torch']}, {r['gpu'] or 'CPU'}, {r['git']}" for r in map(rows.get, tested)})
     lines = [f"`{example['flags']}`" if example["flags"] else "The toy's facts, flags as they are by default",
-             "", f"Runs: torch {'; '.join(made)}.", ""]
+             ""]
+    if made:
+        lines += [f"Runs: torch {'; '.join(made)}.", ""]
     searched_lines = search_lines(rows, select)
     if searched_lines:
         lines += [f"Learning rates, chosen by {select} on rows that the tested runs never see, seed "
