@@ -296,20 +296,14 @@ class MoLFAdamW(torch.optim.Optimizer):
             ok = torch.ones_like(self.steps, dtype=torch.bool)
         rates = self.rates(self.groups_with_gradient())
         if self.routed:
-            scores = []
-            for i in spread(self.routed):
-                scores.append(self.score_expert(i, rates[i], clip, ok))
+            scores = [self.score_expert(i, rates[i], clip, ok) for i in spread(self.routed)]
             self.scores.copy_(torch.stack(scores).view_as(self.scores))
-            if check:
-                self.check_scores()
             gates = self.route(self.scores, self.gates, self.steps, self.top_k)
-            if gates.shape != self.scores.shape:
-                raise TypeError(f"route {name_of(self.route)} gave gates of shape {list(gates.shape)}, not "
-                                f"(modules, experts)")
+            self.refuse_other_shape(gates)
             idle = self.scores.isnan().any(dim=-1, keepdim=True)            # (modules, 1): no gradient
             self.gates.copy_(torch.where(ok & ~idle, gates, 0.0))
-            if check and not ((0 <= self.gates) & (self.gates <= 1)).all():     # waits for the device
-                raise FloatingPointError(f"route {name_of(self.route)} gave a gate that is not from 0 to 1")
+            if check:
+                self.refuse_strange_numbers()                               # waits for the device
             for i, gate in spread(zip(self.routed, self.gates.flatten())):
                 move(self.expert(i, rates[i]), gate)
         for i in spread(self.alone):
@@ -327,13 +321,20 @@ class MoLFAdamW(torch.optim.Optimizer):
             raise TypeError(f"rule {name_of(self.score)} gave {score!r}, not a 0-d tensor")
         return score
 
-    def check_scores(self):
-        for i, score in zip(self.routed, self.scores.flatten().tolist()):       # waits for the device
+    def refuse_other_shape(self, gates):
+        if gates.shape != self.scores.shape:
+            raise TypeError(f"route {name_of(self.route)} gave gates of shape {list(gates.shape)}, not "
+                            f"(modules, experts)")
+
+    def refuse_strange_numbers(self):
+        for i, score in zip(self.routed, self.scores.flatten().tolist()):
             group = self.param_groups[i]
             has_gradient = any(p.grad is not None for p in group["params"])
             if has_gradient and not math.isfinite(score):
                 raise FloatingPointError(f"rule {name_of(self.score)} gave {score} for the {group['kind']} "
                                          f"expert of {group['module']}")
+        if not ((0 <= self.gates) & (self.gates <= 1)).all():
+            raise FloatingPointError(f"route {name_of(self.route)} gave a gate that is not from 0 to 1")
 
     def expert(self, i, rates):
         """-> group i as an Expert, with what the state holds now: old moments, or new ones after
