@@ -30,11 +30,13 @@ the .jsonl beside it. Those two files say what is finished: the same command goe
 --out. It goes on with an unfinished run where the same --out has its checkpoint. Entries, seeds and rates may
 be added later, but the first grid of several rates is another plan, because it keeps rows for validation. A
 run that fails is named, and runs again the next time. A loss or score that is not finite is a result. A peer
-has no checkpoints: one that was stopped begins anew.
+has no checkpoints: one that was stopped begins anew. A table whose rows, or whose rule, have changed since is
+refused: give another --csv, and the rule another name.
 """
 import argparse
 import contextlib
 import gc
+import inspect
 import json
 import math
 import os
@@ -60,6 +62,7 @@ from data import TASKS, load_rows  # noqa: E402
 from lib.files import digest, empty, read_record, write_safely  # noqa: E402
 from lib.report import escape_unprintable, quiet_ends, stop  # noqa: E402
 from lib.rows import TENTH, split_off  # noqa: E402
+from molf import ROUTES  # noqa: E402
 
 ENTRIES = ["fft", "0.5 fft", "lora", "0.5 lora", "lora --rest train", "molf", "molf --score pfn",
            "molf --score snr", "molf --score align", "molf --route softmax", "molf --route sticky",
@@ -124,11 +127,30 @@ def split_rows(a):
     picked = split_off(numbered, n, "validation")
     return [row for i, row in numbered.items() if i not in picked], [picked[i] for i in sorted(picked)]
 
+def digest_of_rows(a):
+    """What trains, what chooses rates and what is asked, whatever file it is in"""
+    asked = ()
+    if not TASKS[a.cell.task].tests_training_rows:
+        asked, _ = load_rows(a.cell.task, "test", a.cell.eval_data, a.cell.eval_limit)
+    return digest(json.dumps([*split_rows(a), list(asked)], sort_keys=True, default=str))
+
+def digest_of_rule(entry):
+    """The code of its rule and its route, as far as it stands in those two functions; "" if it has none"""
+    if method_of(entry) not in ("molf", "molf-e"):
+        return ""
+    flags = train.make_parser().parse_args(["--method", *words_of(entry)])
+    return digest(*(inspect.getsource(f) for f in (train.SCORES[flags.score], ROUTES[flags.route])))
+
 def refuse_another_plan(rows, a):
-    for row in rows.values():
+    for run, row in rows.items():
         if row["plan"] != a.plan:
             raise ValueError(f"{a.csv} holds the runs of another plan, -- {row['flags']} --select "
                              f"{row['select']}, --validation {row['validation']}: give another --csv")
+        if row.get("data") not in (None, "", a.data):               # (older tables do not have it)
+            raise ValueError(f"{a.csv}: its runs had other rows than these: give another --csv")
+        if row.get("rule") and run.entry in a.entries and row["rule"] != digest_of_rule(run.entry):
+            raise ValueError(f"{a.csv}: {run.entry} ran with other code of its rule or route: give the rule "
+                             f"another name, or another --csv")
 
 def write_rows(a):
     """Write the rows of both phases. -> {phase: the flags of train.py that name them}"""
@@ -179,6 +201,10 @@ def what_ended(run, out):
     row |= {name: x["value"] if isinstance(x, dict) else x for name, x in after.items()}
     return row, outcomes_of(predictions)
 
+def folder_of(run):
+    """Its name: to read, and another for each run."""
+    return f"{re.sub('[^a-z0-9.+]+', '-', str(run))}-{digest(str(run))[:6]}"
+
 def log_of(out):
     return out.with_name(f"{out.name}.txt")
 
@@ -186,6 +212,7 @@ def last_line(path):
     return path.read_text().strip().rpartition("\n")[2]
 
 def train_and_evaluate(run, argv, out):
+    """Results that are there are another table's, perhaps of other rows: they count for nothing here."""
     method = method_of(run.entry)
     if method in PEER_OF:
         from bench import peers     # it needs transformers and peft
@@ -193,16 +220,15 @@ def train_and_evaluate(run, argv, out):
         peers.main(["--peer", PEER_OF[method], "--", *argv, *exact, "--out", str(out), "--overwrite"])
         return
     goes_on = any((out / "checkpoints").glob("*"))
-    train.main(["--method", method, *argv, "--out", str(out), *["--resume"] * goes_on])
+    train.main(["--method", method, *argv, "--out", str(out), "--resume" if goes_on else "--overwrite"])
 
 def run_one(run, argv, out):
-    """Train and evaluate in this process, unless that is done. -> "finished" or "not finite", row, outcomes.
+    """Train and evaluate in this process. -> "finished" or "not finite", row, outcomes.
     -> "stopped" or "failed", why, None"""
     log_of(out).parent.mkdir(parents=True, exist_ok=True)
     with open(log_of(out), "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
-            if not (evaluation_of(run, out) / "results.json").exists():
-                train_and_evaluate(run, argv, out)
+            train_and_evaluate(run, argv, out)
             found = "finished", *what_ended(run, out)
         except SystemExit as e:
             if isinstance(e.__context__, FloatingPointError):           # as `stop` leaves it
@@ -221,7 +247,7 @@ def run_one(run, argv, out):
 def work(pipe):
     """A process that runs what it is sent. What was compiled for an entry serves its next run as well. After
     a failure it ends, for there may be something left of it, on the GPU for one."""
-    os.setsid()                     # Ctrl-C is for the parent, which asks this process to stop
+    os.setsid()         # Ctrl-C is for the parent, which asks this process to stop
     train.SCORES.update(CANDIDATES)
     entry = None
     with contextlib.suppress(EOFError, BrokenPipeError):        # the parent has closed the pipe, or is gone
@@ -243,7 +269,9 @@ class Worker:
         context = get_context("spawn")              # CUDA does not survive a fork
         self.pipe, other = context.Pipe()
         self.process = context.Process(target=work, args=(other,))
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)      # inherited, before `work` can say so
         self.process.start()
+        signal.signal(signal.SIGINT, handler)
         other.close()                               # so that its end shows, in whatever way it ends
         self.run = self.entry = None
 
@@ -273,11 +301,11 @@ def said(run, row, a):
 
 def run_all(a, deadline):
     """Run what is missing, on a.workers processes, until time.monotonic() is `deadline` or a signal comes.
-    -> {Run: why it failed}"""
+    -> {Run: why it failed}, and the signal, or None"""
     files = write_rows(a)
     rows = read_table(a.csv)
     of_plan = dict(plan=a.plan, select=a.select, task=a.cell.task, flags=shlex.join(a.shared),
-                   validation=a.validation_rows)
+                   validation=a.validation_rows, data=a.data)
     asked = []
 
     def ask(number, frame):
@@ -295,7 +323,7 @@ def run_all(a, deadline):
                 worker = idle.pop() if idle else Worker()
                 run = next_run(todo, worker, busy)
                 todo.remove(run)
-                out = a.out / re.sub("[^a-z0-9.+]+", "-", str(run))
+                out = a.out / folder_of(run)
                 worker.begin(run, [*a.shared, *files[run.phase], *run.flags()], out)
                 busy.append(worker)
             if late and not stopped:
@@ -303,14 +331,14 @@ def run_all(a, deadline):
                     worker.process.terminate()      # train.py saves a checkpoint
                 stopped = True
             if not busy:
-                return failed
+                return failed, asked[0] if asked else None
             ready = connection.wait([w.pipe for w in busy], timeout=0.2)
             for worker in [w for w in busy if w.pipe in ready]:
                 busy.remove(worker)
                 how, row, outcomes = worker.result()
                 if how in ("finished", "not finite"):
                     idle.append(worker)
-                    row |= of_plan
+                    row |= of_plan | {"rule": digest_of_rule(worker.run.entry)}
                     rows = add_row(a.csv, worker.run, row, outcomes)
                     print(f"{len(rows):4d}  {said(worker.run, row, a)}", flush=True)
                 elif how == "failed" and not stopped:
@@ -351,6 +379,26 @@ def make_parser():
     add("--report", nargs="+", type=Path, metavar="CSV", help="write the report of these tables; run nothing")
     return p
 
+def canonical(entry):
+    """The entry as a table names it: "--flag=x" is "--flag x". ValueError if it is none."""
+    words = [part for word in shlex.split(entry) for part in word.split("=", 1)]
+    known = train.make_parser()._option_string_actions
+    unknown = [word for word in words if word.startswith("--") and word not in known]
+    if unknown:
+        raise ValueError(f"there is no flag {unknown[0]}")
+    entry = shlex.join(words)
+    if not words or not words_of(entry) or method_of(entry) not in METHODS:
+        raise ValueError(f"an entry begins with a method, one of {' '.join(METHODS)}, or with a factor of "
+                         f"its rates before that")
+    if not 0 < factor_of(entry) < math.inf:
+        raise ValueError("its factor must be above 0")
+    wrong = flags_given(words_of(entry)[1:]) - OF_ENTRIES
+    if wrong:
+        raise ValueError(f"{as_flags(wrong)} cannot differ between entries")
+    if method_of(entry) in ("fft", "lora") and {"score", "route"} & flags_given(words_of(entry)[1:]):
+        raise ValueError("it has one expert, so no rule and no route")
+    return entry
+
 def flags_given(argv):
     """-> the names of the flags of train.py in argv"""
     p = train.make_parser()
@@ -384,20 +432,21 @@ def parse_args(argv):
     wrong = flags_given(shared) & OF_THIS_PROGRAM
     if wrong:
         p.error(f"{as_flags(wrong)}: not for all runs, this program gives it to each")
-    for entry in a.entries:
-        words = entry.strip() and words_of(entry)
-        if not words or words[0] not in METHODS:
-            p.error(f"--entries {entry!r}: an entry begins with a method, one of {' '.join(METHODS)}, or "
-                    f"with a factor of its rates before that")
-        wrong = flags_given(words[1:]) - OF_ENTRIES
-        if wrong:
-            p.error(f"--entries {entry!r}: {as_flags(wrong)} cannot differ between entries")
-        refuse_nonsense(words, shared)
+    for i, entry in enumerate(a.entries):
+        try:
+            a.entries[i] = canonical(entry)
+        except ValueError as e:
+            p.error(f"--entries {entry!r}: {e}")
+        refuse_nonsense(words_of(a.entries[i]), shared)
+    if a.csv.suffix == ".jsonl":
+        p.error(f"--csv {a.csv}: the .jsonl beside the table would be the same file")
     a.shared, a.cell = shared, train.parse_args(shared)
     task = TASKS[a.cell.task]
     a.entries = in_order(a.entries)
     a.lrs = sorted(set(a.lrs or [a.cell.lr]))
     a.lora_lrs = sorted(set(a.lora_lrs or [a.cell.lora_lr]))
+    if not all(0 < lr < math.inf for lr in a.lrs + a.lora_lrs):
+        p.error("--lrs and --lora-lrs must be above 0")
     a.select = a.select or task.report[0]
     for metric in [*a.select.split("+"), *(a.metrics or [])]:
         if metric not in metrics_of(a.cell.task):
@@ -431,11 +480,12 @@ def main(argv=None):
             return
         deadline = time.monotonic() + a.until
         rows = read_table(a.csv)
+        a.data = digest_of_rows(a)
         refuse_another_plan(rows, a)
         a.csv.parent.mkdir(parents=True, exist_ok=True)
         for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):   # of a worker, which inherits them
             os.environ.setdefault(name, str(max(1, os.cpu_count() // a.workers)))
-        failed = run_all(a, deadline)
+        failed, signal_number = run_all(a, deadline)
         rows = read_table(a.csv)
         known = known_runs(rows, a)
         missing = [run for run in known if run not in rows]
@@ -444,6 +494,8 @@ def main(argv=None):
             stop(f"{len(failed)} runs failed, their logs are in {a.out}; the same command tries them again")
         if missing:
             print(f"stopped: {len(missing)} or more runs are missing; the same command goes on")
+            if signal_number:
+                sys.exit(128 + signal_number)
             return
         if without_rate:
             print("not tested, because no run that searches their rates was finite: "

@@ -262,7 +262,7 @@ def pairs_of(entries, planned):
     coins = [e for e in rules if "--score random" in e]
     pairs = [(e, e.replace(theirs, ours)) for theirs, ours in SAME_AS.items() for e in entries
              if method_of(e) == theirs]
-    pairs += [(first["molf-e"], first["lora"])]
+    pairs += [(first[method], first["lora"]) for method in ("molf-e", "dora", "adalora")]
     pairs += [(first["molf"], e) for e in entries if method_of(e) == "lora" and e != first["lora"]]
     pairs += [(e, first["molf"]) for e in rules if e not in [first["molf"], *coins]]
     pairs += [(e, coin) for coin in coins for e in rules if e != coin]
@@ -386,8 +386,10 @@ def report(path, metrics=None):
         lines += [f"Runs: torch {'; '.join(made)}.", ""]
     searched_lines = search_lines(rows, select)
     if searched_lines:
-        lines += [f"Learning rates, chosen by {select} on rows that the tested runs never see, seed "
-                  f"{next(run.seed for run in rows if run.phase == 'lr')}:", "", *searched_lines, ""]
+        chose = next(run for run in rows if run.phase == "lr")
+        n = rows[chose]["eval_rows"] or "the"
+        lines += [f"Learning rates, chosen by {select} on {n} rows that the tested runs never see, seed "
+                  f"{chose.seed}:", "", *searched_lines, ""]
     if not tested:
         return "\n".join(lines + ["No run on the test rows has ended yet."])
     rows_said = rows[tested[0]]

@@ -31,8 +31,9 @@ def draw(rows, x, y):
         i = drawn[method_of(entry)]
         drawn[method_of(entry)] += 1
         xs, ys = values_of(of_entry, rows, x), values_of(of_entry, rows, y)
-        if len(xs) > 1:
-            ax.errorbar(statistics.mean(xs), statistics.mean(ys), statistics.stdev(ys), statistics.stdev(xs),
+        if xs:
+            spread = [statistics.stdev(values) if len(values) > 1 else None for values in (ys, xs)]
+            ax.errorbar(statistics.mean(xs), statistics.mean(ys), *spread,
                         elinewidth=0.5, label=shown(entry), color=COLOURS[METHODS.index(method_of(entry))],
                         marker=MARKERS[i % len(MARKERS)], fillstyle=FILLS[i // len(MARKERS) % len(FILLS)])
     for i, method in enumerate(("fft", "lora")):
@@ -40,7 +41,8 @@ def draw(rows, x, y):
         points = [[statistics.mean(values_of(runs[e], rows, metric)) for metric in (x, y)] for e in family]
         if points:
             ax.plot(*zip(*points), DASHES[i], color=COLOURS[i], zorder=0)
-    ax.set(xlabel=f"{x} (%)", ylabel=f"{y} (%)")
+    xlabel, ylabel = (f"{metric} (%)" if unit(metric) == 100 else metric for metric in (x, y))
+    ax.set(xlabel=xlabel, ylabel=ylabel)
     figure.legend(loc="outside lower center", ncols=2, handlelength=1.4, columnspacing=0.6)
     return figure
 

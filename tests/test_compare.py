@@ -154,6 +154,11 @@ def test_the_choice_of_a_rate():
     assert best_of(runs, rows, "ES") == runs[0] and best_of(runs[1:], rows, "ES") is None
 
 
+def test_two_spellings_are_one_entry():
+    a = compare.parse_args(["--entries", "molf --score=pfn", "molf  --score pfn", "0.5  fft", *SMALL])
+    assert a.entries == ["0.5 fft", "molf --score pfn"]
+
+
 def test_where_an_entry_has_its_rates_from():
     entries = compare.ENTRIES
     assert table.sources("molf --score align", entries) == table.sources("lora --rest train", entries) == \
@@ -263,7 +268,7 @@ def test_peers_are_paired_with_the_same_of_ours_and_with_molf_e():
     entries = ["fft", "0.5 fft", "lora", "lora --ranks 4", "molf-e", "molf-e --score snr", "transformers-fft",
                "0.5 transformers-fft", "2 transformers-fft", "peft-lora --ranks 4", "dora", "adalora"]
     assert set(table.pairs_of(entries, entries)) == {
-        ("molf-e", "lora"), ("molf-e --score snr", "molf-e"),
+        ("molf-e", "lora"), ("dora", "lora"), ("adalora", "lora"), ("molf-e --score snr", "molf-e"),
         ("transformers-fft", "fft"), ("0.5 transformers-fft", "0.5 fft"),
         ("peft-lora --ranks 4", "lora --ranks 4"), ("molf-e", "dora"), ("molf-e --score snr", "dora"),
         ("molf-e", "adalora"), ("molf-e --score snr", "adalora")}
@@ -287,7 +292,7 @@ def test_what_has_ended_does_not_run_again(one_worker, monkeypatch, tmp_path, ca
 def test_a_run_that_fails_is_named_and_the_others_go_on_with_two_workers_as_with_one(
         one_worker, tmp_path, capsys):
     argv = small_plan(tmp_path, "--workers", "2")
-    blocked = compare.parse_args(argv).out / "test-fft-lr-0.001-seed-1"
+    blocked = compare.parse_args(argv).out / compare.folder_of(Run("test", "fft", 1e-3, None, 1))
     blocked.parent.mkdir(parents=True)
     blocked.write_text("no directory")
     with pytest.raises(SystemExit) as e:
@@ -298,6 +303,38 @@ def test_a_run_that_fails_is_named_and_the_others_go_on_with_two_workers_as_with
     want = rows_of(one_worker)
     want.pop(Run("test", "fft", 1e-3, None, 1))
     assert rows_of(tmp_path) == want
+
+
+def test_each_run_has_a_folder_of_its_own():
+    entries = "molf --score myRule", "molf --score my-rule", "fft", "0.5 fft"
+    runs = [Run("test", entry, lr, None, 1) for entry in entries for lr in (1e-3, 1e3)]
+    assert len({compare.folder_of(run) for run in runs}) == len(runs)
+
+
+def test_results_that_a_folder_has_are_not_taken_for_those_of_a_new_table(tmp_path):
+    plan = ["--entries", "fft", "--seeds", "1"]
+    compare.main(small_plan(tmp_path, plan=plan))
+    want = rows_of(tmp_path)
+    (results,) = tmp_path.rglob("results.json")
+    results.write_text('{"after": {"ES": 2.0, "seconds": 1}, "train_seconds": 1}')
+    (tmp_path / "small.csv").unlink()
+    compare.main(small_plan(tmp_path, plan=plan))
+    assert rows_of(tmp_path) == want
+
+
+def test_a_table_of_other_rows_or_of_another_rule_is_refused(one_worker, monkeypatch, tmp_path):
+    for file in one_worker.glob("small.*"):
+        shutil.copy(file, tmp_path)
+    monkeypatch.setattr(compare, "Worker", None)
+    with monkeypatch.context() as patch:
+        patch.setitem(train.SCORES, "epd", train.SCORES["pfn"])
+        with pytest.raises(SystemExit, match="molf ran with other code of its rule"):
+            compare.main(small_plan(tmp_path))
+    rows, why = data.load_rows("fact", "train", "toy", 8)
+    rows[0]["requested_rewrite"]["target_new"]["str"] = "x"
+    monkeypatch.setattr(compare, "load_rows", lambda *args: (rows, why))
+    with pytest.raises(SystemExit, match="its runs had other rows"):
+        compare.main(small_plan(tmp_path))
 
 
 def test_a_worker_that_dies_loses_its_run_alone():
@@ -314,7 +351,7 @@ def test_after_until_nothing_begins_and_what_runs_is_stopped_and_goes_on_later(t
     argv = small_plan(tmp_path, plan=plan, cell=cell)
     compare.main(["--until", "0", *argv])
     assert "1 or more runs are missing" in capsys.readouterr().out and not (tmp_path / "small.csv").exists()
-    out = compare.parse_args(argv).out / "test-fft-lr-0.001-seed-1"
+    out = compare.parse_args(argv).out / compare.folder_of(Run("test", "fft", 1e-3, None, 1))
 
     class Clock:        # time is over when the training has begun
         def monotonic():
@@ -339,6 +376,14 @@ def test_after_until_nothing_begins_and_what_runs_is_stopped_and_goes_on_later(t
     (["--entries", "fft --method lora", *SMALL], "--method cannot differ between entries"),
     (["--entries", "molf --score best", *SMALL], "invalid choice: 'best'"),
     (["--entries", "fft --ranks 4", *SMALL], "fft has no LoRA expert"),
+    (["--entries", "lora --score pfn", *SMALL], "it has one expert, so no rule and no route"),
+    (["--entries", "molf --scor pfn", *SMALL], "there is no flag --scor"),
+    (["--entries", "molf --score 'pfn", *SMALL], "No closing quotation"),
+    (["--entries", "1/2 fft", *SMALL], "--entries '1/2 fft': could not convert string to float"),
+    (["--entries", "1e999 fft", *SMALL], "its factor must be above 0"),
+    (["--lrs", "nan", *SMALL], "--lrs and --lora-lrs must be above 0"),
+    (["--lora-lrs", "inf", *SMALL], "--lrs and --lora-lrs must be above 0"),
+    (["--csv", "x.jsonl", *SMALL], "the .jsonl beside the table would be the same file"),
     (["--entries", "dora --rest train", *SMALL], "a peer has one rank, and --rest as it is without the flag"),
     (["--entries", "adalora --score snr", *SMALL], "--score is not for peers"),
     ([*SMALL, "--seed", "1", "--resume"], "--resume, --seed: not for all runs"),
