@@ -327,6 +327,8 @@ def run_all(a, deadline):
                 worker.begin(run, [*a.shared, *files[run.phase], *run.flags()], out)
                 busy.append(worker)
             if late and not stopped:
+                if busy:
+                    print(f"stopping {len(busy)} runs, at a checkpoint", flush=True)
                 for worker in busy:
                     worker.process.terminate()      # train.py saves a checkpoint
                 stopped = True

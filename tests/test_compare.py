@@ -3,6 +3,7 @@ import csv
 import json
 import math
 import os
+import runpy
 import shutil
 import signal
 import sys
@@ -191,6 +192,19 @@ def test_a_worker_goes_on_with_its_entry_or_takes_one_that_nobody_has():
     assert compare.next_run(todo, Busy("molf-e"), [Busy("molf")]) == todo[2]
     assert compare.next_run(todo, Busy(None), [Busy("molf")]) == todo[1]
     assert compare.next_run(todo[:1], Busy(None), [Busy("molf")]) == todo[0]
+
+
+@pytest.mark.parametrize("task", ["med", "sql", "text"])
+def test_toy_rows_are_rows_of_their_task(task, tmp_path, monkeypatch, capsys):
+    script = os.path.join(os.path.dirname(compare.__file__), "toy_rows.py")
+    for split in ("train", "test"):
+        monkeypatch.setattr(sys, "argv", [script, task, "5", split])
+        runpy.run_path(script, run_name="__main__")
+        (tmp_path / split).with_suffix(".jsonl").write_text(capsys.readouterr().out)
+    (train_rows, skipped), (test_rows, _) = [data.load_rows(task, split, str(tmp_path / f"{split}.jsonl"))
+                                             for split in ("train", "test")]
+    assert len(train_rows) == len(test_rows) == 5 and not skipped
+    assert not {json.dumps(row) for row in train_rows} & {json.dumps(row) for row in test_rows}
 
 
 @pytest.mark.parametrize("task", ["fact", "med", "sql"])
