@@ -202,8 +202,8 @@ def what_ended(run, out):
     return row, outcomes_of(predictions)
 
 def folder_of(run):
-    """Its name: to read, and another for each run."""
-    return f"{re.sub('[^a-z0-9.+]+', '-', str(run))}-{digest(str(run))[:6]}"
+    """Its name: to read, and another for each run, and for other code of its rule."""
+    return f"{re.sub('[^a-z0-9.+]+', '-', str(run))}-{digest(str(run), digest_of_rule(run.entry))[:6]}"
 
 def log_of(out):
     return out.with_name(f"{out.name}.txt")

@@ -319,10 +319,15 @@ def test_a_run_that_fails_is_named_and_the_others_go_on_with_two_workers_as_with
     assert rows_of(tmp_path) == want
 
 
-def test_each_run_has_a_folder_of_its_own():
+def test_each_run_has_a_folder_of_its_own(monkeypatch):
+    for name in ("myRule", "my-rule"):
+        monkeypatch.setitem(train.SCORES, name, train.SCORES["epd"])
     entries = "molf --score myRule", "molf --score my-rule", "fft", "0.5 fft"
     runs = [Run("test", entry, lr, None, 1) for entry in entries for lr in (1e-3, 1e3)]
-    assert len({compare.folder_of(run) for run in runs}) == len(runs)
+    folders = {compare.folder_of(run) for run in runs}
+    assert len(folders) == len(runs)
+    monkeypatch.setitem(train.SCORES, "myRule", train.SCORES["pfn"])
+    assert compare.folder_of(runs[0]) not in folders and compare.folder_of(runs[2]) in folders
 
 
 def test_results_that_a_folder_has_are_not_taken_for_those_of_a_new_table(tmp_path):
