@@ -10,7 +10,7 @@ answer: a model, a task and its rows, on which the methods and their controls ru
 What stands behind -- goes to train.py for every run. An entry is what the others do not have: a method, and
 perhaps flags. "0.5 fft" has half the learning rates of "fft". Of the entries of a method the shortest is its
 plain one, the others are variants of it. transformers-fft, peft-lora, dora and adalora are methods as well:
-bench/peers.py runs them, on the same rows.
+bench/peers.py runs them, on the same rows. base is the model before all training.
 
 Rows. The training rows are split once, by a fixed seed: --validation of them are kept, to choose learning
 rates. Of med, sql and text the others train in both phases, and the choice is by the metric --select on the
@@ -109,7 +109,8 @@ def known_runs(rows, a):
     for entry, (full, lora) in wanted.items():
         if all(rates[source] is not None for source in (full, lora) if source):
             lr, lora_lr = (source and factor_of(entry) * rates[source] for source in (full, lora))
-            runs += [Run("test", entry, lr, lora_lr, seed) for seed in a.seeds]
+            seeds = a.seeds[:1] if method_of(entry) == "base" else a.seeds
+            runs += [Run("test", entry, lr, lora_lr, seed) for seed in seeds]
     return runs
 
 def searches(a):
@@ -182,7 +183,7 @@ def what_ended(run, out):
     results = json.loads((evaluation / "results.json").read_text())
     predictions = [json.loads(line) for line in (evaluation / "predictions.jsonl").read_text().splitlines()]
     first_share = None
-    if method_of(run.entry) not in PEER_OF:
+    if (out / "routing.safetensors").exists():
         gates = load_file(out / "routing.safetensors")["gates"]         # (steps, modules, experts)
         if gates.shape[-1] > 1:
             first_share = gates[..., 0].float().mean().item()
@@ -190,10 +191,10 @@ def what_ended(run, out):
     row = run._asdict() | dict(
         ended="finished",
         first_share=first_share,
-        steps=config["steps"],
-        rows=config["rows"],
+        steps=config.get("steps", 0),
+        rows=config.get("rows", 0),
         eval_rows=len(predictions),
-        train_seconds=round((config | results)["train_seconds"], 1),        # (a peer's are in its config)
+        train_seconds=round((config | results).get("train_seconds", 0), 1),     # (a peer's: in its config)
         eval_seconds=round(after.pop("seconds"), 1),
         inputs=digest(sorted(config["inputs"].items())),
         **{key: config[key] for key in ("date", "git", "torch", "gpu")},
@@ -219,8 +220,12 @@ def train_and_evaluate(run, argv, out):
         exact = ["--export-dtype", "fp32"]          # ours are evaluated before they are rounded
         peers.main(["--peer", PEER_OF[method], "--", *argv, *exact, "--out", str(out), "--overwrite"])
         return
-    goes_on = any((out / "checkpoints").glob("*"))
-    train.main(["--method", method, *argv, "--out", str(out), "--resume" if goes_on else "--overwrite"])
+    if method == "base":
+        model = train.make_parser().parse_args(argv).model
+        train.main([*argv, "--eval-only", model, "--out", str(out), "--overwrite"])
+        return
+    argv = ["--method", method, *argv, "--no-before", "--out", str(out)]
+    train.main([*argv, "--resume" if any((out / "checkpoints").glob("*")) else "--overwrite"])
 
 def run_one(run, argv, out):
     """Train and evaluate in this process. -> "finished" or "not finite", row, outcomes.
@@ -415,7 +420,7 @@ def refuse_nonsense(words, shared):
     and its packages are missing."""
     method, *flags = words
     if method not in PEER_OF:
-        train.parse_args([*shared, "--method", *words])
+        train.parse_args([*shared, *flags] if method == "base" else [*shared, "--method", *words])
         return
     try:
         from bench import peers

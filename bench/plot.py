@@ -24,8 +24,9 @@ from lib.read import naming, parse_json, read_json, read_rows  # noqa: E402
 from lib.report import NO_SHARES, escape_unprintable, quiet_ends, stop  # noqa: E402
 from model import TARGETS  # noqa: E402
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, without the yellow, which is pale on white.
-COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"
+# Okabe and Ito's colours, which the colour-blind can tell apart, without the yellow, which is pale on white;
+# then a grey and a dark red
+COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#661100"
 DASHES = "-", "--", "-.", ":"               # 7 and 4 have no common divisor, so 28 lines look different
 MARKERS = "o", "s", "^", "D", "v", "P", "X"
 STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.grid": True, "grid.alpha": 0.3, "xtick.labelsize": 7,

@@ -21,7 +21,7 @@ from lib.report import NO_SHARES
 
 # Entries that bench/peers.py runs -> its names for them
 PEER_OF = {"transformers-fft": "fft", "peft-lora": "lora", "dora": "dora", "adalora": "adalora"}
-METHODS = "fft", "lora", "molf", "molf-e", *PEER_OF
+METHODS = "fft", "lora", "molf", "molf-e", *PEER_OF, "base"     # base: the model as it is, untrained
 SAME_AS = {"transformers-fft": "fft", "peft-lora": "lora"}      # the same thing, so it has the same rates
 LOWER_IS_BETTER = {"loss", "recalls true"}
 MARGIN = 1.5        # points: how much below the better of fft and lora is near enough
@@ -53,7 +53,7 @@ class Run(NamedTuple):
     def flags(self):
         """Those of train.py without --method: a peer takes them as well."""
         rates = [f"--{name}={x}" for name, x in (("lr", self.lr), ("lora-lr", self.lora_lr)) if x is not None]
-        return [*words_of(self.entry)[1:], *rates, "--seed", str(self.seed), "--no-before"]
+        return [*words_of(self.entry)[1:], *rates, "--seed", str(self.seed)]
 
 def factor_of(entry):
     """"0.5 fft" has half the learning rates of "fft"."""
@@ -89,7 +89,7 @@ def sources(entry, entries):
     """-> the plain entries from which it has its lr and its lora_lr; None where it has none"""
     method = SAME_AS.get(method_of(entry), method_of(entry))
     full = method in ("fft", "molf") or trains_rest(entry)
-    lora = {"fft": None, "molf": "lora"}.get(method, method)
+    lora = {"fft": None, "base": None, "molf": "lora"}.get(method, method)
     return plain("fft", entries) if full else None, plain(lora, entries) if lora else None
 
 def rate(run):
@@ -372,7 +372,7 @@ def report(path, metrics=None):
     metrics = metrics or metrics_of(task)
     runs = test_runs(rows, select)
     tested = [run for of_entry in runs.values() for run in of_entry if rows[run]["ended"] == "finished"]
-    if len({rows[run]["inputs"] for run in tested}) > 1:
+    if len({rows[run]["inputs"] for run in tested if method_of(run.entry) != "base"}) > 1:
         raise ValueError(f"{path}: its runs had other rows or another model, though their flags are the same")
     for metric in metrics:
         for run in tested:

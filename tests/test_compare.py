@@ -288,6 +288,18 @@ def test_peers_are_paired_with_the_same_of_ours_and_with_molf_e():
         ("molf-e", "adalora"), ("molf-e --score snr", "adalora")}
 
 
+def test_base_is_the_model_before_all_training(tmp_path, capsys):
+    plan = ["--entries", "base", "fft", "--seeds", "1", "2", "--lrs", "1e-3"]
+    compare.main(small_plan(tmp_path, plan=plan))
+    rows = {str(run): row for run, row in rows_of(tmp_path).items()}
+    assert set(rows) == {"test, base, seed 1", "test, fft, lr 0.001, seed 1", "test, fft, lr 0.001, seed 2"}
+    assert "| `base` |  |  | " in capsys.readouterr().out
+    train.main(["--limit", "8", "--eval-only", "toy", "--device", "cpu", "--out", str(tmp_path / "base")])
+    after = json.loads((tmp_path / "base/results.json").read_text())["after"]
+    for metric in ("ES", "PS", "NS", "accuracy"):
+        assert float(rows["test, base, seed 1"][metric]) == after[metric]["value"]
+
+
 def test_adalora_is_searched_at_ten_times_the_rates():
     a = compare.parse_args(["--entries", "adalora", "--lora-lrs", "1e-3", "3e-3", *SMALL])
     assert [run.lora_lr for run in compare.known_runs({}, a)] == [pytest.approx(1e-2), pytest.approx(3e-2)]
