@@ -30,8 +30,8 @@ the .jsonl beside it. Those two files say what is finished: the same command goe
 --out. It goes on with an unfinished run where the same --out has its checkpoint. Entries, seeds and rates may
 be added later, but the first grid of several rates is another plan, because it keeps rows for validation. A
 run that fails is named, and runs again the next time. A loss or score that is not finite is a result. A peer
-has no checkpoints: one that was stopped begins anew. A table whose rows, or whose rule, have changed since is
-refused: give another --csv, and the rule another name.
+has no checkpoints: one that was stopped begins anew. A table is refused if its rows, or the code of one of
+its rules, have changed since: give another --csv, or the rule another name.
 """
 import argparse
 import contextlib
@@ -203,7 +203,7 @@ def what_ended(run, out):
     return row, outcomes_of(predictions)
 
 def folder_of(run):
-    """Its name: to read, and another for each run, and for other code of its rule."""
+    """The name of a run's directory: readable, and another one for each run and each code of its rule."""
     return f"{re.sub('[^a-z0-9.+]+', '-', str(run))}-{digest(str(run), digest_of_rule(run.entry))[:6]}"
 
 def log_of(out):
@@ -213,7 +213,7 @@ def last_line(path):
     return path.read_text().strip().rpartition("\n")[2]
 
 def train_and_evaluate(run, argv, out):
-    """Results that are there are another table's, perhaps of other rows: they count for nothing here."""
+    """Leave the results in `out`. Results that are there already may be of other rows: they are replaced."""
     method = method_of(run.entry)
     if method in PEER_OF:
         from bench import peers     # it needs transformers and peft

@@ -47,9 +47,10 @@ def split_off(rows, n, seed):
     return {i: rows[i] for i in random.Random(seed).sample(sorted(rows), n)}
 
 def keep_a_tenth(rows, a):
-    """rows: {i: row} -> those to evaluate on, and the others. The same ones, whenever the seed is the same."""
+    """rows: {i: row} -> those to evaluate on, and the others. The same ones whenever the seed is the same."""
     if len(rows) < 2:
-        raise ValueError(f"{a.data}: of a single row none can be kept to evaluate on: give more, or --eval-data")
+        raise ValueError(f"{a.data}: of a single row none can be kept to evaluate on: give more, or "
+                         f"--eval-data")
     asked = split_off(rows, max(1, len(rows) // 10), f"evaluation {a.seed}")
     print(f"{len(asked)} of {len(rows)} rows of {a.data} are kept to evaluate on: no --eval-data")
     return asked, {i: row for i, row in rows.items() if i not in asked}
