@@ -100,7 +100,8 @@ def make_parser():
     add("--no-before", action="store_true", help="do not evaluate the model before it trains")
     add("--eval-only", metavar="DIR", help="evaluate a checkpoint, or a run with its flags; train nothing")
     add("--export-dtype", default="bf16", choices=list(EXPORT_DTYPES), help="of the model (default: bf16)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    # (device_count sees a GPU that CUDA can't use as well: that is an error, no reason to train on the CPU)
+    add("--device", default="cuda" if torch.cuda.device_count() else "cpu")
     add("--dtype", choices=["bfloat16", "float32"],
         help="of the weights in the forward pass; master weights and moments are float32 (default: bfloat16 "
              "on a GPU, float32 on a CPU)")

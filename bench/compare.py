@@ -222,7 +222,8 @@ def train_and_evaluate(run, argv, out):
         return
     if method == "base":
         model = train.make_parser().parse_args(argv).model
-        train.main([*argv, "--eval-only", model, "--out", str(out), "--overwrite"])
+        # --eval-only refuses a --model beside it: the last one counts, and "toy" is what stands for none
+        train.main([*argv, "--model", "toy", "--eval-only", model, "--out", str(out), "--overwrite"])
         return
     argv = ["--method", method, *argv, "--no-before", "--out", str(out)]
     train.main([*argv, "--resume" if any((out / "checkpoints").glob("*")) else "--overwrite"])

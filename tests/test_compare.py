@@ -290,7 +290,9 @@ def test_peers_are_paired_with_the_same_of_ours_and_with_molf_e():
 
 def test_base_is_the_model_before_all_training(tmp_path, capsys):
     plan = ["--entries", "base", "fft", "--seeds", "1", "2", "--lrs", "1e-3"]
-    compare.main(small_plan(tmp_path, plan=plan))
+    shutil.copytree("toy", tmp_path / "model")
+    cell = [*SMALL, "--model", str(tmp_path / "model"), "--data", "toy"]
+    compare.main(small_plan(tmp_path, plan=plan, cell=cell))
     rows = {str(run): row for run, row in rows_of(tmp_path).items()}
     assert set(rows) == {"test, base, seed 1", "test, fft, lr 0.001, seed 1", "test, fft, lr 0.001, seed 2"}
     assert "| `base` |  |  | " in capsys.readouterr().out

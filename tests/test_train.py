@@ -794,6 +794,18 @@ def test_wrong_usage_is_exit_code_2(args, message, capsys):
     assert e.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_a_gpu_that_cuda_cannot_use_is_an_error_and_no_run_on_the_cpu(monkeypatch, capsys):
+    def fails(*sizes, device):
+        raise RuntimeError(f"{device}: unknown error")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)          # as after a driver's update
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "empty", fails)
+    with pytest.raises(SystemExit) as e:
+        train.parse_args([])
+    assert e.value.code == 2
+    assert "error: --device cuda: cuda: unknown error\n" in capsys.readouterr().err
+
+
 def broken(tmp_path, file, change):
     shutil.copytree(TOY, tmp_path / "m")
     path = tmp_path / "m" / file
