@@ -38,7 +38,8 @@ from lib.files import (clear_run, digest, empty, find_checkpoint, log_until, onl
                        refuse_to_replace, refuse_unwritable, run_inputs, save_record, save_safely, set_eos)
 from lib.flags import (MAY_CHANGE, OF_THIS_CALL, flags_of_the_evaluated, flags_of_the_resumed, parse,
                        refuse_nonsense)
-from lib.memory import CARDS, estimate_bytes, largest_share, largest_that_fits
+from lib.memory import (CARDS, SHORT_RUN, better_eager, estimate_bytes, largest_micro_batch, largest_share,
+                        largest_that_fits)
 from lib.report import (begun, count_parameters, discard_stdout, escape_unprintable, first_share, log_line,
                         peak_memory, print_bytes, print_results, print_summary, print_what_fits, provenance,
                         quiet_ends, read_first_result, read_table, sample, save_results, share_changed, stop,
@@ -107,8 +108,9 @@ def make_parser():
              "on a GPU, float32 on a CPU)")
     add("--pure-bf16", action="store_true", help="an experiment: weights and moments in bfloat16 alone, LoRA "
         "as a side branch, as in the code that the paper's authors published")
-    add("--eager", action="store_true",
-        help="on a GPU: no compilation, no CUDA graphs. Slower steps, a faster start")
+    add("--eager", action=argparse.BooleanOptionalAction,
+        help="on a GPU: no compilation, no CUDA graphs. Slower steps, a faster start (default: in a run of "
+             f"at most {SHORT_RUN} steps)")
     add("--save-every", type=int, default=500, metavar="N", help="steps between checkpoints (default: 500)")
     add("--keep", type=int, default=1, metavar="N", help="checkpoints to keep while training (default: 1)")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out, with its flags")
@@ -356,14 +358,13 @@ def dry_run(config, rows, a):
     with torch.device("meta"):
         model = Transformer(config).to(getattr(torch, a.dtype))
     steps = prepare(model, rows, a)["steps"]
-    batches = [batch_of(i, rows.examples, a) for i in range(steps)]
-    tokens = max(largest_share(batch, a.world_size, a.max_tokens) for batch in batches)
+    tokens = largest_micro_batch(rows.examples, steps, a)
     print(f"world size {a.world_size}, {a.device}, {a.dtype}, up to {tokens:,} tokens in a micro-batch:")
     print_bytes(estimate_bytes(model, a, tokens, a.world_size))
     if not a.device.startswith("cuda"):
         print("what fits a GPU: --device cuda says it, also where there is none")
         return
-    most = max(largest_share(batch, a.world_size) for batch in batches)
+    most = max(largest_share(batch_of(i, rows.examples, a), a.world_size) for i in range(steps))
     print_what_fits({gb: largest_that_fits(model, a, a.world_size, gb, most) for gb in CARDS},
                     max(len(e.ids) for e in rows.examples), most)
 
@@ -378,6 +379,10 @@ def prepare(model, rows, a):
     steps = a.epochs * math.ceil(len(rows.examples) / a.batch_size)
     print(f"{a.method} on {a.model}, task {a.task}: {len(rows.examples)} rows, {steps} steps, seed {a.seed}\n"
           "parameters: " + ", ".join(f"{kind} {n:,}" for kind, n in counts.items()))
+    if a.eager is None:
+        a.eager = better_eager(model, rows.examples, steps, a)
+        if a.eager:
+            print(f"not compiled: with at most {SHORT_RUN} steps that takes longer (--no-eager compiles)")
     return dict(parameters=counts, steps=steps, rows=len(rows.examples))
 
 def prepare_to_train(model, rows, a):

@@ -1,6 +1,7 @@
 """How soon a run trains: seconds from the command to the first step and to the last of a short run.
 
     python bench/start.py TOKENIZER_DIR ROWS                # Qwen2.5-1.5B shapes, molf on sql, 25 steps
+    python bench/start.py TOKENIZER_DIR ROWS --no-eager     # so short a run, and compiled nevertheless
     python bench/start.py toy ROWS --shape toy --task med   # a CPU
 
 A checkpoint with random weights is made once, with the tokenizer's files. Then train.py runs on the first
@@ -69,6 +70,7 @@ def main():
     p.add_argument("--method", default="molf")
     p.add_argument("--steps", type=int, default=25)
     p.add_argument("--eval-rows", type=int, default=32, help="to evaluate on, before and after (default: 32)")
+    p.add_argument("--eager", action=argparse.BooleanOptionalAction, help="as train.py's (default: its own)")
     p.add_argument("--train", default=str(ROOT / "train.py"), help="another version's, to compare with")
     a = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -79,6 +81,8 @@ def main():
                        "--method", a.method, "--data", a.rows, "--eval-data", a.rows, "--epochs", "1",
                        "--limit", str(32 * a.steps), "--eval-limit", str(a.eval_rows),
                        "--log-every", "5", "--out", str(folder / f"out{i}")]
+            if a.eager is not None:
+                command.append("--eager" if a.eager else "--no-eager")
             seen, last = run(command, folder / "cache", a.steps)
             result = {f"step {k}" if isinstance(k, int) else k: round(s, 1) for k, s in seen.items()
                       if k in ("loaded", "evaluated", 1, a.steps)}

@@ -9,7 +9,8 @@ its step to `FastStep`, and bench/speed.py does the same. Three things make it f
                 CUDA graph, and then replayed. A short run has fewer sizes, for each must pay for its
                 recording
 
-`train.py --eager` does without all of it. On a CPU, for tests, FastStep compiles and pads only.
+`train.py --eager` does without all of it, and so does a short run (lib/memory.py). On a CPU, for tests,
+FastStep compiles and pads only.
 """
 from collections import Counter, defaultdict
 from contextlib import contextmanager

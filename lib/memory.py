@@ -12,9 +12,13 @@ Gradients count at all three. With a single micro-batch they come while activati
 lower, by up to their size. Not counted: what CUDA, cuBLAS and NCCL take for themselves, an evaluation, and
 loading.
 """
+import argparse
 import math
 from collections import Counter
 
+import torch
+
+from data import batch_of
 from lib import parallel, ranks
 from lib.fast import STREAMS
 from model import LOGIT_ROWS, molf_layers
@@ -22,6 +26,7 @@ from molf import param_groups
 
 CARDS = 24, 40, 80, 141     # GB
 USABLE = 0.92               # of a card: the rest is CUDA's, cuBLAS's and NCCL's, and what fragments lose
+SHORT_RUN = 40              # steps: without compilation so many are done before a step is compiled
 
 def bytes_of(params):
     return sum(p.nbytes for p in params)
@@ -207,3 +212,17 @@ def largest_share(batch, n, max_tokens=math.inf):
     for i, rank in ranks.balanced(sizes, n).items():
         load[rank] += sizes[i]
     return min(max(load.values()), max_tokens)
+
+def largest_micro_batch(examples, steps, a):
+    """-> its tokens, in a run with the flags a on these examples"""
+    return max(largest_share(batch_of(i, examples, a), a.world_size, a.max_tokens) for i in range(steps))
+
+def better_eager(model, examples, steps, a):
+    """Will the run end sooner if nothing is compiled? And has the GPU room for it: eager blocks save more."""
+    if steps > SHORT_RUN or a.world_size > 1 or not a.device.startswith("cuda"):
+        return False
+    if not torch.cuda.is_available():                   # a dry run for a GPU that is elsewhere
+        return False
+    eager = argparse.Namespace(**vars(a) | {"eager": True})
+    peak = estimate_bytes(model, eager, largest_micro_batch(examples, steps, a))["peak (estimate)"]
+    return peak < USABLE * torch.cuda.get_device_properties(a.device).total_memory
