@@ -44,9 +44,10 @@ import re
 import shlex
 import signal
 import sys
+import threading
 import time
 import traceback
-from multiprocessing import connection, get_context
+from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -250,10 +251,16 @@ def run_one(run, argv, out):
         empty(out / name)
     return found
 
+def end_with(parent):
+    """If it is killed, nobody waits for this process's results: leave the GPU to others."""
+    connection.wait([parent.sentinel])
+    os._exit(1)
+
 def work(pipe):
     """A process that runs what it is sent. What was compiled for an entry serves its next run as well. After
     a failure it ends, for there may be something left of it, on the GPU for one."""
     os.setsid()         # Ctrl-C is for the parent, which asks this process to stop
+    threading.Thread(target=end_with, args=(parent_process(),), daemon=True).start()
     train.SCORES.update(CANDIDATES)
     entry = None
     with contextlib.suppress(EOFError, BrokenPipeError):        # the parent has closed the pipe, or is gone

@@ -6,7 +6,10 @@ import os
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -377,6 +380,27 @@ def test_a_worker_that_dies_loses_its_run_alone():
     assert worker.result() == ("failed", "its process ended with code -9", None)
     worker.begin(Run("test", "fft", 1e-3, None, 1), [], None)               # it is gone already
     assert worker.result() == ("failed", "its process ended with code -9", None)
+
+
+def test_runs_end_when_the_program_that_began_them_is_killed(tmp_path):
+    """They are in sessions of their own, so whatever killed it did not reach them."""
+    plan = ["--entries", "fft", "lora", "--seeds", "1", "--workers", "2"]
+    argv = small_plan(tmp_path, plan=plan, cell=[*SMALL[:-1], "100000"])
+    parent = subprocess.Popen([sys.executable, "bench/compare.py", *argv])
+    begun = lambda: [p for p in tmp_path.glob("runs/*/*/log.jsonl") if p.read_text()]
+    wait_until(lambda: len(begun()) == 2)
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in children))
+    assert len(children) >= 2
+
+
+def wait_until(true, seconds=120):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_after_until_nothing_begins_and_what_runs_is_stopped_and_goes_on_later(tmp_path, monkeypatch, capsys):
