@@ -44,6 +44,7 @@ import re
 import shlex
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -134,7 +135,7 @@ def digest_of_rows(a):
     asked = ()
     if not TASKS[a.cell.task].tests_training_rows:
         asked, _ = load_rows(a.cell.task, "test", a.cell.eval_data, a.cell.eval_limit)
-    return digest(json.dumps([*split_rows(a), list(asked)], sort_keys=True, default=str))
+    return digest(json.dumps([*a.split, list(asked)], sort_keys=True, default=str))
 
 def digest_of_rule(entry):
     """The code of its rule and its route, as far as it stands in those two functions; "" if it has none"""
@@ -159,7 +160,7 @@ def write_rows(a):
     folder = a.out / "rows"
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, rows in zip(("training", "validation"), split_rows(a)):
+    for name, rows in zip(("training", "validation"), a.split):
         path = folder / f"{name}.jsonl"
         write_safely(path, "".join(json.dumps(row) + "\n" for row in rows))
         paths.append(str(path))
@@ -495,9 +496,11 @@ def main(argv=None):
             return
         deadline = time.monotonic() + a.until
         rows = read_table(a.csv)
+        a.split = split_rows(a)
         a.data = digest_of_rows(a)
         refuse_another_plan(rows, a)
         a.csv.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=a.csv.parent).close()        # can the table be written, after hours?
         for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):   # of a worker, which inherits them
             os.environ.setdefault(name, str(max(1, os.cpu_count() // a.workers)))
         failed, signal_number = run_all(a, deadline)

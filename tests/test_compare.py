@@ -457,6 +457,12 @@ def test_a_wrong_plan_is_refused_before_it_begins(argv, message, capsys):
     assert e.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_a_table_that_cannot_be_written_is_refused_before_a_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(compare, "Worker", None)
+    with pytest.raises(SystemExit, match="error: .*/proc"):             # where nobody writes a file
+        compare.main([*PLAN, "--csv", "/proc/small.csv", "--out", str(tmp_path), *SMALL])
+
+
 def test_peers_without_what_they_need_say_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.delitem(sys.modules, "bench.peers", raising=False)
