@@ -38,8 +38,8 @@ from lib.files import (clear_run, digest, empty, find_checkpoint, log_until, onl
                        refuse_to_replace, refuse_unwritable, run_inputs, save_record, save_safely, set_eos)
 from lib.flags import (MAY_CHANGE, OF_THIS_CALL, flags_of_the_evaluated, flags_of_the_resumed, parse,
                        refuse_nonsense)
-from lib.memory import (CARDS, SHORT_RUN, better_eager, estimate_bytes, largest_micro_batch, largest_share,
-                        largest_that_fits)
+from lib.memory import (CARDS, SHORT_RUN, better_eager, eager_peak, estimate_bytes, is_short,
+                        largest_micro_batch, largest_share, largest_that_fits)
 from lib.report import (begun, count_parameters, discard_stdout, escape_unprintable, first_share, log_line,
                         peak_memory, print_bytes, print_results, print_summary, print_what_fits, provenance,
                         quiet_ends, read_first_result, read_table, sample, save_results, share_changed, stop,
@@ -101,7 +101,7 @@ def make_parser():
     add("--no-before", action="store_true", help="do not evaluate the model before it trains")
     add("--eval-only", metavar="DIR", help="evaluate a checkpoint, or a run with its flags; train nothing")
     add("--export-dtype", default="bf16", choices=list(EXPORT_DTYPES), help="of the model (default: bf16)")
-    # (device_count sees a GPU that CUDA can't use as well: that is an error, no reason to train on the CPU)
+    # (device_count knows a GPU from its driver. If CUDA can't use it, that is an error, not a run on the CPU)
     add("--device", default="cuda" if torch.cuda.device_count() else "cpu")
     add("--dtype", choices=["bfloat16", "float32"],
         help="of the weights in the forward pass; master weights and moments are float32 (default: bfloat16 "
@@ -109,8 +109,8 @@ def make_parser():
     add("--pure-bf16", action="store_true", help="an experiment: weights and moments in bfloat16 alone, LoRA "
         "as a side branch, as in the code that the paper's authors published")
     add("--eager", action=argparse.BooleanOptionalAction,
-        help="on a GPU: no compilation, no CUDA graphs. Slower steps, a faster start (default: in a run of "
-             f"at most {SHORT_RUN} steps)")
+        help="on a GPU: no compilation, no CUDA graphs. Slower steps, a faster start (default: in a short "
+             f"run on one GPU, of at most {SHORT_RUN} micro-batches, that fits so)")
     add("--save-every", type=int, default=500, metavar="N", help="steps between checkpoints (default: 500)")
     add("--keep", type=int, default=1, metavar="N", help="checkpoints to keep while training (default: 1)")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out, with its flags")
@@ -361,6 +361,9 @@ def dry_run(config, rows, a):
     tokens = largest_micro_batch(rows.examples, steps, a)
     print(f"world size {a.world_size}, {a.device}, {a.dtype}, up to {tokens:,} tokens in a micro-batch:")
     print_bytes(estimate_bytes(model, a, tokens, a.world_size))
+    if a.eager is None and is_short(rows.examples, steps, a):
+        gb = eager_peak(model, tokens, a) / 1e9
+        print(f"so short a run is not compiled where its eager blocks fit: peak (estimate) {gb:.3f} GB")
     if not a.device.startswith("cuda"):
         print("what fits a GPU: --device cuda says it, also where there is none")
         return
@@ -379,15 +382,15 @@ def prepare(model, rows, a):
     steps = a.epochs * math.ceil(len(rows.examples) / a.batch_size)
     print(f"{a.method} on {a.model}, task {a.task}: {len(rows.examples)} rows, {steps} steps, seed {a.seed}\n"
           "parameters: " + ", ".join(f"{kind} {n:,}" for kind, n in counts.items()))
-    if a.eager is None:
-        a.eager = better_eager(model, rows.examples, steps, a)
-        if a.eager:
-            print(f"not compiled: with at most {SHORT_RUN} steps that takes longer (--no-eager compiles)")
     return dict(parameters=counts, steps=steps, rows=len(rows.examples))
 
 def prepare_to_train(model, rows, a):
     """-> what `prepare` says, the names of the modules, and the groups for the optimizer of this rank"""
     said = prepare(model, rows, a)
+    if a.eager is None and better_eager(model, rows.examples, said["steps"], a):
+        print("not compiled: that would take longer than so few steps (--no-eager compiles)")
+        a.eager = True
+    said["eager"] = bool(a.eager)
     module_names = [name for name, _ in molf_layers(model)]
     groups = param_groups(model, a.lr, a.lora_lr, a.weight_decay, a.lora_weight_decay)
     try:
@@ -400,7 +403,7 @@ def run(model, tokenizer, rows, inputs, a, out):
     task, first_result = data.TASKS[a.task], out / "before.json"
     print(f"{a.model}, task {a.task}, to be evaluated on {a.eval_data} ({len(rows.questions)}); eos "
           f"{tokenizer.eos_ids}, bos {tokenizer.bos_id}")
-    record = dict(flags=vars(a), inputs=inputs, date=begun(out, a))
+    record = dict(flags=dict(vars(a)), inputs=inputs, date=begun(out, a))
     ready = None
     if ranks.several() and not a.eval_only:
         ready = prepare_to_train(model, rows, a)                # reads the weights

@@ -61,7 +61,7 @@ from bench.table import (LOWER_IS_BETTER, METHODS, PEER_OF, Run, add_row, best_o
                          in_order, method_of, metrics_of, outcomes_of, rate, read_table, report, searched,
                          shown, sources, words_of)
 from data import TASKS, load_rows  # noqa: E402
-from lib.files import digest, empty, read_record, write_safely  # noqa: E402
+from lib.files import digest, empty, find_checkpoint, read_record, write_safely  # noqa: E402
 from lib.report import escape_unprintable, quiet_ends, stop  # noqa: E402
 from lib.rows import TENTH, split_off  # noqa: E402
 from molf import ROUTES  # noqa: E402
@@ -223,11 +223,15 @@ def train_and_evaluate(run, argv, out):
         peers.main(["--peer", PEER_OF[method], "--", *argv, *exact, "--out", str(out), "--overwrite"])
         return
     if method == "base":
-        model = train.make_parser().parse_args(argv).model
-        # --eval-only refuses a --model beside it: the last one counts, and "toy" is what stands for none
-        train.main([*argv, "--model", "toy", "--eval-only", model, "--out", str(out), "--overwrite"])
+        # Under another name: the flags of a run would come along with its model. And the last --model
+        # counts: --eval-only wants none beside it, for which "toy" stands.
+        base = out.with_name("base")
+        base.unlink(missing_ok=True)
+        base.symlink_to(find_checkpoint(train.make_parser().parse_args(argv).model).resolve())
+        train.main([*argv, "--model", "toy", "--eval-only", str(base), "--out", str(out), "--overwrite"])
         return
-    argv = ["--method", method, *argv, "--no-before", "--out", str(out)]
+    # Compiled, though it may be short: the entry's next run finds it compiled, and all runs are alike
+    argv = ["--method", method, "--no-eager", *argv, "--no-before", "--out", str(out)]
     train.main([*argv, "--resume" if any((out / "checkpoints").glob("*")) else "--overwrite"])
 
 def run_one(run, argv, out):
@@ -253,8 +257,11 @@ def run_one(run, argv, out):
     return found
 
 def end_with(parent):
-    """If it is killed, nobody waits for this process's results: leave the GPU to others."""
+    """If it is killed, nobody waits for this process's results: leave the GPU to others. A run that trains
+    saves a checkpoint first, for which it has a minute."""
     connection.wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
     os._exit(1)
 
 def work(pipe):
@@ -500,7 +507,7 @@ def main(argv=None):
         a.data = digest_of_rows(a)
         refuse_another_plan(rows, a)
         a.csv.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=a.csv.parent).close()        # can the table be written, after hours?
+        tempfile.TemporaryFile(dir=a.csv.parent).close()        # else it would be known after the first run
         for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):   # of a worker, which inherits them
             os.environ.setdefault(name, str(max(1, os.cpu_count() // a.workers)))
         failed, signal_number = run_all(a, deadline)

@@ -1,7 +1,8 @@
 """How soon a run trains: seconds from the command to the first step and to the last of a short run.
 
     python bench/start.py TOKENIZER_DIR ROWS                # Qwen2.5-1.5B shapes, molf on sql, 25 steps
-    python bench/start.py TOKENIZER_DIR ROWS --no-eager     # so short a run, and compiled nevertheless
+    python bench/start.py TOKENIZER_DIR ROWS --no-eager     # compiled, which so short a run is not by itself
+    python bench/start.py TOKENIZER_DIR ROWS --train OLD/train.py   # of a version that knows no --no-eager
     python bench/start.py toy ROWS --shape toy --task med   # a CPU
 
 A checkpoint with random weights is made once, with the tokenizer's files. Then train.py runs on the first

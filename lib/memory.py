@@ -18,7 +18,7 @@ from collections import Counter
 
 import torch
 
-from data import batch_of
+from data import batch_of, count_tokens
 from lib import parallel, ranks
 from lib.fast import STREAMS
 from model import LOGIT_ROWS, molf_layers
@@ -26,7 +26,7 @@ from molf import param_groups
 
 CARDS = 24, 40, 80, 141     # GB
 USABLE = 0.92               # of a card: the rest is CUDA's, cuBLAS's and NCCL's, and what fragments lose
-SHORT_RUN = 40              # steps: without compilation so many are done before a step is compiled
+SHORT_RUN = 32              # micro-batches, on which a run trains sooner than its step is compiled
 
 def bytes_of(params):
     return sum(p.nbytes for p in params)
@@ -217,12 +217,21 @@ def largest_micro_batch(examples, steps, a):
     """-> its tokens, in a run with the flags a on these examples"""
     return max(largest_share(batch_of(i, examples, a), a.world_size, a.max_tokens) for i in range(steps))
 
-def better_eager(model, examples, steps, a):
-    """Will the run end sooner if nothing is compiled? And has the GPU room for it: eager blocks save more."""
+def is_short(examples, steps, a):
+    """Would compilation take longer than the whole run on one GPU, micro-batch by micro-batch?"""
     if steps > SHORT_RUN or a.world_size > 1 or not a.device.startswith("cuda"):
         return False
-    if not torch.cuda.is_available():                   # a dry run for a GPU that is elsewhere
-        return False
+    tokens = [count_tokens(batch_of(i, examples, a)) for i in range(steps)]
+    return sum(math.ceil(n / a.max_tokens) for n in tokens) <= SHORT_RUN
+
+def eager_peak(model, tokens, a):
+    """-> bytes, if nothing is compiled: eager blocks save more activations"""
     eager = argparse.Namespace(**vars(a) | {"eager": True})
-    peak = estimate_bytes(model, eager, largest_micro_batch(examples, steps, a))["peak (estimate)"]
-    return peak < USABLE * torch.cuda.get_device_properties(a.device).total_memory
+    return estimate_bytes(model, eager, tokens)["peak (estimate)"]
+
+def better_eager(model, examples, steps, a):
+    """Is the run short, and has its GPU room for eager blocks?"""
+    if not is_short(examples, steps, a):
+        return False
+    room = USABLE * torch.cuda.get_device_properties(a.device).total_memory
+    return eager_peak(model, largest_micro_batch(examples, steps, a), a) <= room

@@ -214,6 +214,7 @@ def test_toy_rows_are_rows_of_their_task(task, tmp_path, monkeypatch, capsys):
 def test_the_rows_that_choose_are_not_those_that_test(task, tmp_path):
     cell = ["--device", "cpu", "--task", task]
     a = compare.parse_args(["--lrs", "1", "2", "--out", str(tmp_path), "--", *cell])
+    a.split = compare.split_rows(a)
     files = compare.write_rows(a)
     texts = {}
     for phase, (_, train_file, _, asked) in files.items():
@@ -293,8 +294,9 @@ def test_peers_are_paired_with_the_same_of_ours_and_with_molf_e():
 
 def test_base_is_the_model_before_all_training(tmp_path, capsys):
     plan = ["--entries", "base", "fft", "--seeds", "1", "2", "--lrs", "1e-3"]
-    shutil.copytree("toy", tmp_path / "model")
-    cell = [*SMALL, "--model", str(tmp_path / "model"), "--data", "toy"]
+    shutil.copytree("toy", tmp_path / "run/model")              # of a run, whose flags mean nothing here
+    (tmp_path / "run/config.json").write_text('{"flags": {"limit": 3, "seed": 9}}')
+    cell = [*SMALL, "--model", str(tmp_path / "run/model"), "--data", "toy"]
     compare.main(small_plan(tmp_path, plan=plan, cell=cell))
     rows = {str(run): row for run, row in rows_of(tmp_path).items()}
     assert set(rows) == {"test, base, seed 1", "test, fft, lr 0.001, seed 1", "test, fft, lr 0.001, seed 2"}
@@ -387,13 +389,23 @@ def test_runs_end_when_the_program_that_began_them_is_killed(tmp_path):
     plan = ["--entries", "fft", "lora", "--seeds", "1", "--workers", "2"]
     argv = small_plan(tmp_path, plan=plan, cell=[*SMALL[:-1], "100000"])
     parent = subprocess.Popen([sys.executable, "bench/compare.py", *argv])
-    begun = lambda: [p for p in tmp_path.glob("runs/*/*/log.jsonl") if p.read_text()]
-    wait_until(lambda: len(begun()) == 2)
-    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
-    parent.kill()
-    parent.wait()
-    wait_until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in children))
-    assert len(children) >= 2
+    logs = lambda: [path for path in tmp_path.glob("runs/*/*/log.jsonl") if path.read_text()]
+    children = []
+    try:
+        wait_until(lambda: len(logs()) == 2)
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        parent.kill()
+        parent.wait()
+        assert len(children) >= 2
+        wait_until(lambda: not any(running(pid) for pid in children))
+        assert len(list(tmp_path.glob("runs/*/*/checkpoints/step-*.safetensors"))) == 2
+    finally:
+        for pid in filter(running, [str(parent.pid), *children]):
+            os.kill(int(pid), signal.SIGKILL)
+
+
+def running(pid):
+    return Path(f"/proc/{pid}/exe").exists()
 
 
 def wait_until(true, seconds=120):

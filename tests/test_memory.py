@@ -315,24 +315,30 @@ def test_a_dry_run_says_what_fits_on_gpus_that_are_elsewhere(capsys):
 
 
 def test_a_short_run_is_not_compiled_where_its_activations_fit(monkeypatch, capsys):
-    """Its peak is that of eager blocks. Where it does not fit, the run is compiled, as a longer one is."""
-    def peak(*flags):
+    """A dry run says with what peak. A longer run, or one that would not fit, is compiled."""
+    def dry(*flags):
         train.main(["--device", "cuda", "--dry-run", "--limit", "64", *flags])
-        text = capsys.readouterr().out
-        line, = [line for line in text.splitlines() if "peak (estimate)" in line]
-        return line, "not compiled: " in text
-    eager, compiled = peak("--eager")[0], peak("--no-eager")[0]
-    assert eager != compiled
-    assert peak() == (compiled, False)                              # there is no GPU here: not known
-    card = SimpleNamespace(total_memory=1e12)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    assert peak("--epochs", "20") == (eager, True)                  # 40 steps
-    assert peak("--epochs", "20", "--no-eager") == (compiled, False)
-    assert peak("--epochs", "21") == (compiled, False)
-    assert peak("--epochs", "20", "--world-size", "2")[1] is False
-    card.total_memory = 1e6
-    assert peak("--epochs", "20") == (compiled, False)
+        return capsys.readouterr().out
+
+    def peak(*flags):
+        line, = [line for line in dry(*flags).splitlines() if line.startswith("  peak (estimate)")]
+        return line.split()[2]
+    said = "so short a run is not compiled where its eager blocks fit: peak (estimate) "
+    eager, compiled = peak("--eager"), peak("--no-eager")
+    assert float(eager) > float(compiled) and peak() == compiled
+    assert f"{said}{eager} GB" in dry("--epochs", "16")                     # 32 steps
+    for flags in (["17"], ["16", "--no-eager"], ["16", "--eager"], ["16", "--world-size", "2"],
+                  ["9", "--max-tokens", "200"]):                            # the last: two micro-batches a step
+        assert said not in dry("--epochs", *flags)
+
+    model, examples = small(QWEN, "molf"), [data.Example([1] * 9, 5, i) for i in range(64)]
+    a = train.parse_args(["--device", "cpu"])
+    a.device = "cuda"
+    need = memory.eager_peak(model, memory.largest_micro_batch(examples, 20, a), a)
+    for total, fits in ((need / memory.USABLE * 1.001, True), (need / memory.USABLE * 0.999, False)):
+        card = SimpleNamespace(total_memory=total)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+        assert memory.better_eager(model, examples, 20, a) == fits
 
 
 def test_what_fits_is_said_in_words(capsys):

@@ -71,6 +71,7 @@ def test_a_run_of_each_method_learns_and_leaves_what_it_promises(method, experts
         ({"adapter"} if method in ("lora", "molf-e") else set())
     config, results = (json.loads((out / f).read_text()) for f in ("config.json", "results.json"))
     assert config["flags"]["method"] == method and config["steps"] == 20
+    assert config["flags"]["eager"] is None and config["eager"] is False        # as asked, and what it was
     assert config["torch"] == torch.__version__ and config["sqlite"] == sqlite3.sqlite_version
     assert results["before"]["recalls true"]["value"] > 0.9 and results["before"]["ES"]["value"] < 0.1
     assert results["after"]["ES"]["value"] > 0.5 and results["after"]["recalls true"]["value"] < 0.5
@@ -797,13 +798,14 @@ def test_wrong_usage_is_exit_code_2(args, message, capsys):
 def test_a_gpu_that_cuda_cannot_use_is_an_error_and_no_run_on_the_cpu(monkeypatch, capsys):
     def fails(*sizes, device):
         raise RuntimeError(f"{device}: unknown error")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)          # as after a driver's update
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)          # as the driver says
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch, "empty", fails)
     with pytest.raises(SystemExit) as e:
         train.parse_args([])
     assert e.value.code == 2
-    assert "error: --device cuda: cuda: unknown error\n" in capsys.readouterr().err
+    message = "error: --device cuda: cuda: unknown error (--device cpu does without)\n"
+    assert message in capsys.readouterr().err
 
 
 def broken(tmp_path, file, change):
