@@ -2,7 +2,8 @@
 
     python bench/tradeoff.py bench/results/toy-fact.csv --x PS --y NS --out pictures/tradeoff.png
 
-A point is an entry, its mean over seeds with the standard deviation. The lines lead through fft, and through
+A point is an entry, its mean over seeds with the standard deviation. The untrained base is left out, because
+it is far from all others. The lines lead through fft, and through
 lora, at all factors of their learning rates that the table has ("0.5 fft"): what rates alone can do. It needs
 matplotlib.
 """
@@ -24,7 +25,8 @@ def values_of(runs, rows, metric):
 
 def draw(rows, x, y):
     """rows: a table, see bench/table.py -> Figure"""
-    runs = test_runs(rows, next(iter(rows.values()))["select"])
+    tested = test_runs(rows, next(iter(rows.values()))["select"])
+    runs = {entry: of_entry for entry, of_entry in tested.items() if method_of(entry) != "base"}
     figure, (ax,) = new_figure(3.2 + 0.14 * len(runs))
     drawn = Counter()                           # method -> how many of its entries: each has its own marker
     for entry, of_entry in runs.items():
