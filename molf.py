@@ -318,7 +318,8 @@ class MoLFAdamW(torch.optim.Optimizer):
             return rates.new_full((), torch.nan)
         score = observe_and_score(self.score, e, clip, ok)
         if not isinstance(score, torch.Tensor) or score.shape != ():
-            raise TypeError(f"rule {name_of(self.score)} gave {score!r}, not a 0-d tensor")
+            what = f"shape {list(score.shape)}" if isinstance(score, torch.Tensor) else score
+            raise TypeError(f"rule {name_of(self.score)} gave {what}, not a 0-d tensor")
         return score
 
     def refuse_other_shape(self, gates):

@@ -363,7 +363,7 @@ def dry_run(config, rows, a):
     print_bytes(estimate_bytes(model, a, tokens, a.world_size))
     if a.eager is None and is_short(rows.examples, steps, a):
         gb = eager_peak(model, tokens, a) / 1e9
-        print(f"so short a run is not compiled where its eager blocks fit: peak (estimate) {gb:.3f} GB")
+        print(f"{steps} steps are so few: they are not compiled, if {gb:.3f} GB fit (--no-eager compiles)")
     if not a.device.startswith("cuda"):
         print("what fits a GPU: --device cuda says it, also where there is none")
         return
@@ -381,7 +381,7 @@ def prepare(model, rows, a):
     counts = count_parameters(model)
     steps = a.epochs * math.ceil(len(rows.examples) / a.batch_size)
     print(f"{a.method} on {a.model}, task {a.task}: {len(rows.examples)} rows, {steps} steps, seed {a.seed}\n"
-          "parameters: " + ", ".join(f"{kind} {n:,}" for kind, n in counts.items()))
+          "parameters: " + ", ".join(f"{kind}: {n:,}" for kind, n in counts.items()))
     return dict(parameters=counts, steps=steps, rows=len(rows.examples))
 
 def prepare_to_train(model, rows, a):

@@ -147,8 +147,10 @@ def digest_of_rule(entry):
 def refuse_another_plan(rows, a):
     for run, row in rows.items():
         if row["plan"] != a.plan:
-            raise ValueError(f"{a.csv} holds the runs of another plan, -- {row['flags']} --select "
-                             f"{row['select']}, --validation {row['validation']}: give another --csv")
+            theirs = f"-- {row['flags']} (--select {row['select']}, --validation {row['validation']})"
+            ours = f"-- {shlex.join(a.shared)} (--select {a.select}, --validation {a.validation_rows})"
+            raise ValueError(f"{a.csv} holds the runs of another plan, {theirs}. This one is {ours}: give "
+                             f"another --csv")
         if row.get("data") not in (None, "", a.data):               # (older tables do not have it)
             raise ValueError(f"{a.csv}: its runs had other rows than these: give another --csv")
         if row.get("rule") and run.entry in a.entries and row["rule"] != digest_of_rule(run.entry):

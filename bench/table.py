@@ -32,9 +32,9 @@ Differences of means, with 95 % intervals. The spread over rows is that of 2,000
 both sides), the spread over seeds that of the seeds' means, each side's own; and the width goes by Student's
 t, which knows how few the seeds are. A true difference of 1.4 times half a width is found four times in five.
 *within {MARGIN}*: yes if neither interval, against fft and against lora, goes lower than {MARGIN} points
-worse; no if one of them lies below that as a whole; else open. Of many entries the one that looks best
-does so by luck as well: no interval knows of that choice. An entry with a run that was not finite is left
-out."""
+worse; no if one of them lies below that as a whole; else open, and also where both do the same on every row.
+Of many entries the one that looks best does so by luck as well: no interval knows of that choice. An entry
+with a run that was not finite is left out."""
 
 # ------------------------------------------------------------------------------------------------------------
 # runs and entries

@@ -1,6 +1,7 @@
 """`python molf.py`: two layers learn a change of their weight. Which expert moves, rule by rule?"""
 import torch
 
+from lib.report import quiet_ends
 from model import add_experts, fold, unfold
 from molf import SCORES, MoLFAdamW, param_groups
 
@@ -43,6 +44,7 @@ def verdict(share):
         return "does not route"
     return "routes by layer" if share.max() - share.min() > 0.2 else "moves both, in no layer's favour"
 
+@quiet_ends()
 def demo():
     torch.set_num_threads(1)                            # the matrices are tiny
     print("Two 64 x 64 linears, each with a full and a LoRA expert of rank 4, learn a change of their\n"

@@ -488,7 +488,9 @@ def test_the_table_of_another_plan_is_refused(one_worker, tmp_path):
     for change in (["--limit", "6"], ["--batch-size", "4"]):
         with pytest.raises(SystemExit) as e:
             compare.main([*small_plan(one_worker), *change])
-        assert "holds the runs of another plan, -- --device cpu --limit 8 --epochs 2" in e.value.code
+        theirs = " ".join(SMALL)
+        assert f"another plan, {theirs} (--select ES, --validation default). This one is" in e.value.code
+        assert f"{theirs} {' '.join(change)} (--select ES, --validation default): give" in e.value.code
     path.write_text("a,b\n1,2\n")
     with pytest.raises(SystemExit, match="is no table of such runs: no 'phase'"):
         compare.main(small_plan(tmp_path))

@@ -136,7 +136,7 @@ def test_dry_run_counts_without_loading_weights(tmp_path):
     lora = 6 * 16 * (2 * 256 + 2 * 192 + 3 * 480)
     rest = 1024 * 128 + 13 * 128
     copies = full - 6 * (128 + 64 + 64)         # of the matrices, which a folded layer holds twice
-    assert f"full {full:,}, lora 16 {lora:,}, rest {rest:,}" in result.stdout and "20 steps" in result.stdout
+    assert f"full: {full:,}, lora 16: {lora:,}, rest: {rest:,}" in result.stdout and "20 steps" in result.stdout
     assert f"{(full + copies + lora + rest) * 4 / 1e9:9.3f} GB" in result.stdout
     assert not (tmp_path / "out").exists()
 
