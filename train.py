@@ -358,16 +358,17 @@ def dry_run(config, rows, a):
     with torch.device("meta"):
         model = Transformer(config).to(getattr(torch, a.dtype))
     steps = prepare(model, rows, a)["steps"]
-    tokens = largest_micro_batch(rows.examples, steps, a)
+    batches = [batch_of(i, rows.examples, a) for i in range(steps)]
+    tokens = largest_micro_batch(batches, a)
     print(f"world size {a.world_size}, {a.device}, {a.dtype}, up to {tokens:,} tokens in a micro-batch:")
     print_bytes(estimate_bytes(model, a, tokens, a.world_size))
-    if a.eager is None and is_short(rows.examples, steps, a):
+    if a.eager is None and is_short(batches, a):
         gb = eager_peak(model, tokens, a) / 1e9
-        print(f"{steps} steps are so few: they are not compiled, if {gb:.3f} GB fit (--no-eager compiles)")
+        print(f"the run is short, so it is not compiled if {gb:.3f} GB fit (--no-eager compiles)")
     if not a.device.startswith("cuda"):
         print("what fits a GPU: --device cuda says it, also where there is none")
         return
-    most = max(largest_share(batch_of(i, rows.examples, a), a.world_size) for i in range(steps))
+    most = max(largest_share(batch, a.world_size) for batch in batches)
     print_what_fits({gb: largest_that_fits(model, a, a.world_size, gb, most) for gb in CARDS},
                     max(len(e.ids) for e in rows.examples), most)
 
@@ -387,8 +388,9 @@ def prepare(model, rows, a):
 def prepare_to_train(model, rows, a):
     """-> what `prepare` says, the names of the modules, and the groups for the optimizer of this rank"""
     said = prepare(model, rows, a)
-    if a.eager is None and better_eager(model, rows.examples, said["steps"], a):
-        print("not compiled: that would take longer than so few steps (--no-eager compiles)")
+    batches = [batch_of(i, rows.examples, a) for i in range(said["steps"])]
+    if a.eager is None and better_eager(model, batches, a):
+        print("not compiled, because the run is short (--no-eager compiles)")
         a.eager = True
     said["eager"] = bool(a.eager)
     module_names = [name for name, _ in molf_layers(model)]
@@ -403,7 +405,8 @@ def run(model, tokenizer, rows, inputs, a, out):
     task, first_result = data.TASKS[a.task], out / "before.json"
     print(f"{a.model}, task {a.task}, to be evaluated on {a.eval_data} ({len(rows.questions)}); eos "
           f"{tokenizer.eos_ids}, bos {tokenizer.bos_id}")
-    record = dict(flags=dict(vars(a)), inputs=inputs, date=begun(out, a))
+    asked = dict(vars(a))                                       # --eager may be decided later, and anew
+    record = dict(flags=asked, inputs=inputs, date=begun(out, a))
     ready = None
     if ranks.several() and not a.eval_only:
         ready = prepare_to_train(model, rows, a)                # reads the weights

@@ -3,9 +3,8 @@
     python bench/tradeoff.py bench/results/toy-fact.csv --x PS --y NS --out pictures/tradeoff.png
 
 A point is an entry, its mean over seeds with the standard deviation. The untrained base is left out, because
-it is far from all others. The lines lead through fft, and through
-lora, at all factors of their learning rates that the table has ("0.5 fft"): what rates alone can do. It needs
-matplotlib.
+it is far from all others. The lines lead through fft, and through lora, at all factors of their learning
+rates that the table has ("0.5 fft"): what rates alone can do. It needs matplotlib.
 """
 import argparse
 import statistics

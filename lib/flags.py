@@ -97,4 +97,4 @@ def refuse_nonsense(p, a):
         if not a.dry_run:                               # which counts for a GPU that is elsewhere, too
             torch.empty(0, device=ranks.own_device(a.device)).cpu()
     except (RuntimeError, AssertionError, ValueError) as e:
-        p.error(f"--device {a.device}: {str(e).splitlines()[0]} (--device cpu does without)")
+        p.error(f"--device {a.device}: {str(e).splitlines()[0]} (--device cpu needs no GPU)")

@@ -18,7 +18,7 @@ from collections import Counter
 
 import torch
 
-from data import batch_of, count_tokens
+from data import count_tokens
 from lib import parallel, ranks
 from lib.fast import STREAMS
 from model import LOGIT_ROWS, molf_layers
@@ -26,7 +26,7 @@ from molf import param_groups
 
 CARDS = 24, 40, 80, 141     # GB
 USABLE = 0.92               # of a card: the rest is CUDA's, cuBLAS's and NCCL's, and what fragments lose
-SHORT_RUN = 32              # micro-batches, on which a run trains sooner than its step is compiled
+SHORT_RUN = 32              # micro-batches: a run of so few is not compiled. An estimate, not yet measured
 
 def bytes_of(params):
     return sum(p.nbytes for p in params)
@@ -213,25 +213,24 @@ def largest_share(batch, n, max_tokens=math.inf):
         load[rank] += sizes[i]
     return min(max(load.values()), max_tokens)
 
-def largest_micro_batch(examples, steps, a):
-    """-> its tokens, in a run with the flags a on these examples"""
-    return max(largest_share(batch_of(i, examples, a), a.world_size, a.max_tokens) for i in range(steps))
+def largest_micro_batch(batches, a):
+    """-> its tokens, in a run with the flags a on these batches"""
+    return max(largest_share(batch, a.world_size, a.max_tokens) for batch in batches)
 
-def is_short(examples, steps, a):
-    """Would compilation take longer than the whole run on one GPU, micro-batch by micro-batch?"""
-    if steps > SHORT_RUN or a.world_size > 1 or not a.device.startswith("cuda"):
+def is_short(batches, a):
+    """A run of these batches, on one GPU, has at most SHORT_RUN micro-batches."""
+    if a.world_size > 1 or not a.device.startswith("cuda"):
         return False
-    tokens = [count_tokens(batch_of(i, examples, a)) for i in range(steps)]
-    return sum(math.ceil(n / a.max_tokens) for n in tokens) <= SHORT_RUN
+    return sum(math.ceil(count_tokens(batch) / a.max_tokens) for batch in batches) <= SHORT_RUN
 
 def eager_peak(model, tokens, a):
     """-> bytes, if nothing is compiled: eager blocks save more activations"""
     eager = argparse.Namespace(**vars(a) | {"eager": True})
     return estimate_bytes(model, eager, tokens)["peak (estimate)"]
 
-def better_eager(model, examples, steps, a):
+def better_eager(model, batches, a):
     """Is the run short, and has its GPU room for eager blocks?"""
-    if not is_short(examples, steps, a):
+    if not is_short(batches, a):
         return False
     room = USABLE * torch.cuda.get_device_properties(a.device).total_memory
-    return eager_peak(model, largest_micro_batch(examples, steps, a), a) <= room
+    return eager_peak(model, largest_micro_batch(batches, a), a) <= room

@@ -323,22 +323,22 @@ def test_a_short_run_is_not_compiled_where_its_activations_fit(monkeypatch, caps
     def peak(*flags):
         line, = [line for line in dry(*flags).splitlines() if line.startswith("  peak (estimate)")]
         return line.split()[2]
-    said = " steps are so few: they are not compiled, if "
+    said = "the run is short, so it is not compiled if "
     eager, compiled = peak("--eager"), peak("--no-eager")
     assert float(eager) > float(compiled) and peak() == compiled
-    assert f"32{said}{eager} GB fit" in dry("--epochs", "16")
+    assert f"{said}{eager} GB fit" in dry("--epochs", "16")                 # 32 steps
     for flags in (["17"], ["16", "--no-eager"], ["16", "--eager"], ["16", "--world-size", "2"],
                   ["9", "--max-tokens", "200"]):                            # the last: two micro-batches a step
         assert said not in dry("--epochs", *flags)
 
-    model, examples = small(QWEN, "molf"), [data.Example([1] * 9, 5, i) for i in range(64)]
+    model, batches = small(QWEN, "molf"), [[data.Example([1] * 9, 5, i) for i in range(32)]] * 20
     a = train.parse_args(["--device", "cpu"])
     a.device = "cuda"
-    need = memory.eager_peak(model, memory.largest_micro_batch(examples, 20, a), a)
+    need = memory.eager_peak(model, memory.largest_micro_batch(batches, a), a)
     for total, fits in ((need / memory.USABLE * 1.001, True), (need / memory.USABLE * 0.999, False)):
         card = SimpleNamespace(total_memory=total)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-        assert memory.better_eager(model, examples, 20, a) == fits
+        assert memory.better_eager(model, batches, a) == fits
 
 
 def test_what_fits_is_said_in_words(capsys):

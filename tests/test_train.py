@@ -804,7 +804,7 @@ def test_a_gpu_that_cuda_cannot_use_is_an_error_and_no_run_on_the_cpu(monkeypatc
     with pytest.raises(SystemExit) as e:
         train.parse_args([])
     assert e.value.code == 2
-    message = "error: --device cuda: cuda: unknown error (--device cpu does without)\n"
+    message = "error: --device cuda: cuda: unknown error (--device cpu needs no GPU)\n"
     assert message in capsys.readouterr().err
 
 
