@@ -8,7 +8,7 @@
 A checkpoint with random weights is made once, with the tokenizer's files. Then train.py runs on the first
 rows of ROWS, cold, with nothing compiled before, and once more, warm. After its last step it is killed. For
 each run a line has the seconds from the command until the model is loaded, evaluated, the first step done,
-and the last one; and the tokens a second of the last line.
+and the last one; and what the last line says of tokens a second and of memory.
 """
 import argparse
 import json
@@ -88,6 +88,7 @@ def main():
             result = {f"step {k}" if isinstance(k, int) else k: round(s, 1) for k, s in seen.items()
                       if k in ("loaded", "evaluated", 1, a.steps)}
             result["tok/s"] = re.search(r"(\S+) tok/s", last)[1]
+            result["peak GB"] = re.search(r"(\S+) GB", last)[1]
             print(json.dumps({"run": name} | result), flush=True)
 
 
