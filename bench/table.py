@@ -33,7 +33,8 @@ both sides), the spread over seeds that of the seeds' means, each side's own; an
 t, which knows how few the seeds are. A true difference of 1.4 times half a width is found four times in five.
 *within {MARGIN}*: yes if neither interval, against fft and against lora, goes lower than {MARGIN} points
 worse; no if one of them lies below that as a whole; else open, and also where both do the same on every row.
-Of many entries the one that looks best does so by luck as well: no interval knows of that choice. An entry
+*rows only*: one of the two has a single seed, so how far seeds spread is not in the interval, and the claim
+stays open. Of many entries the one that looks best does so by luck as well: no interval knows of that choice. An entry
 with a run that was not finite is left out."""
 
 # ------------------------------------------------------------------------------------------------------------
@@ -284,8 +285,12 @@ def within(intervals, metric):
         return "yes"
     return "no" if min(high for _, high in points) < -MARGIN else "open"
 
-def ends_of(low, high, metric):
-    return f"{shown(low, metric, '+')} to {shown(high, metric, '+')}"
+def one_seed(*sides):
+    """Has one of them a single seed? Then its spread over seeds is unknown."""
+    return any(len(sums) == 1 for sums, _ in sides)
+
+def ends_of(low, high, metric, rows_only=False):
+    return f"{shown(low, metric, '+')} to {shown(high, metric, '+')}" + ", rows only" * rows_only
 
 def margin_table(entries, drawn, planned, metric):
     """entries: {entry: sums, ns}; drawn: what `resample` gives for them. -> lines: molf against fft, lora"""
@@ -297,8 +302,10 @@ def margin_table(entries, drawn, planned, metric):
              + f" | within {MARGIN} |", "| --- | --- | --- | --- | --- | --- |"]
     for e in rules:
         found = [interval(entries[e], entries[base], drawn[e], drawn[base]) for base in bases]
-        cells = " | ".join(f"{shown(x, metric, '+')} | {ends_of(*ends, metric)}" for x, *ends in found)
-        verdict = within([ends for _, *ends in found], metric)
+        rows_only = [one_seed(entries[e], entries[base]) for base in bases]
+        cells = " | ".join(f"{shown(x, metric, '+')} | {ends_of(*ends, metric, only)}"
+                           for (x, *ends), only in zip(found, rows_only))
+        verdict = "open" if any(rows_only) else within([ends for _, *ends in found], metric)
         lines.append(f"| `{e}` | {cells} | {verdict} |")
     return [*lines, ""]
 
@@ -310,7 +317,8 @@ def difference_table(entries, drawn, planned, metric):
     lines = [f"| {metric} | difference | 95 % interval | half of its width |", "| --- | --- | --- | --- |"]
     for one, other in pairs:
         x, low, high = interval(entries[one], entries[other], drawn[one], drawn[other])
-        lines.append(f"| `{one}` − `{other}` | {shown(x, metric, '+')} | {ends_of(low, high, metric)} | "
+        ends = ends_of(low, high, metric, one_seed(entries[one], entries[other]))
+        lines.append(f"| `{one}` − `{other}` | {shown(x, metric, '+')} | {ends} | "
                      f"{shown((high - low) / 2, metric)} |")
     return [*lines, ""]
 

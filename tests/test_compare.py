@@ -121,7 +121,7 @@ def test_rows_without_the_metric_and_weights_count_in_a_mean_as_in_an_evaluation
 def test_molf_is_compared_with_both():
     fft = [float(i % 2) for i in range(200)]
     lora = [1 - x for x in fft]
-    sides = {"fft": side([fft]), "lora": side([lora]), "molf": side([fft])}
+    sides = {"fft": side([fft] * 2), "lora": side([lora] * 2), "molf": side([fft] * 2)}
     *_, line, _ = table.margin_table(sides, resample(sides), set(sides), "ES")
     name, x, ends, y, other_ends, verdict = [cell.strip() for cell in line.strip("|").split("|")]
     assert (name, x, ends, y, verdict) == ("`molf`", "+0.0", "+0.0 to +0.0", "+0.0", "open")
@@ -129,6 +129,19 @@ def test_molf_is_compared_with_both():
     assert high == -low == pytest.approx(100 * 2 * 1.96 * 0.5 / math.sqrt(200), rel=0.1)
     del sides["lora"]       # none of its runs was finite: no other LoRA takes its place
     assert table.margin_table(sides, resample(sides), {"lora", "lora --ranks 4", *sides}, "ES") == []
+
+
+@pytest.mark.parametrize("seeds, more, verdict", [(2, "", "no"), (1, ", rows only", "open")])
+def test_a_single_seed_decides_nothing(seeds, more, verdict):
+    worse, better = [0.0] * 200, [1.0] * 200
+    sides = {"fft": side([better] * 2), "lora": side([better] * 2), "molf": side([worse] * seeds)}
+    drawn = resample(sides)
+    *_, line, _ = table.margin_table(sides, drawn, set(sides), "ES")
+    ends = "-100.0 to -100.0" + more
+    assert line == f"| `molf` | -100.0 | {ends} | -100.0 | {ends} | {verdict} |"
+    sides["molf --score random"], drawn["molf --score random"] = sides["fft"], drawn["fft"]
+    _, _, line, _ = table.difference_table(sides, drawn, set(sides), "ES")
+    assert line == f"| `molf` − `molf --score random` | -100.0 | {ends} | 0.0 |"
 
 
 @pytest.mark.parametrize("ends, metric, verdict", [
