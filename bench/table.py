@@ -33,9 +33,9 @@ both sides), the spread over seeds that of the seeds' means, each side's own; an
 t, which knows how few the seeds are. A true difference of 1.4 times half a width is found four times in five.
 *within {MARGIN}*: yes if neither interval, against fft and against lora, goes lower than {MARGIN} points
 worse; no if one of them lies below that as a whole; else open, and also where both do the same on every row.
-*rows only*: one of the two has a single seed, so how far seeds spread is not in the interval, and the claim
-stays open. Of many entries the one that looks best does so by luck as well: no interval knows of that choice. An entry
-with a run that was not finite is left out."""
+*one seed*: one of the two has a single seed. The interval does not know how far that side's seeds spread, and
+decides nothing. Of many entries the one that looks best does so by luck as well: no interval knows of that
+choice. An entry with a run that was not finite is left out."""
 
 # ------------------------------------------------------------------------------------------------------------
 # runs and entries
@@ -289,8 +289,8 @@ def one_seed(*sides):
     """Has one of them a single seed? Then its spread over seeds is unknown."""
     return any(len(sums) == 1 for sums, _ in sides)
 
-def ends_of(low, high, metric, rows_only=False):
-    return f"{shown(low, metric, '+')} to {shown(high, metric, '+')}" + ", rows only" * rows_only
+def ends_of(low, high, metric, single=False):
+    return f"{shown(low, metric, '+')} to {shown(high, metric, '+')}" + ", one seed" * single
 
 def margin_table(entries, drawn, planned, metric):
     """entries: {entry: sums, ns}; drawn: what `resample` gives for them. -> lines: molf against fft, lora"""
@@ -302,11 +302,11 @@ def margin_table(entries, drawn, planned, metric):
              + f" | within {MARGIN} |", "| --- | --- | --- | --- | --- | --- |"]
     for e in rules:
         found = [interval(entries[e], entries[base], drawn[e], drawn[base]) for base in bases]
-        rows_only = [one_seed(entries[e], entries[base]) for base in bases]
-        cells = " | ".join(f"{shown(x, metric, '+')} | {ends_of(*ends, metric, only)}"
-                           for (x, *ends), only in zip(found, rows_only))
-        verdict = "open" if any(rows_only) else within([ends for _, *ends in found], metric)
-        lines.append(f"| `{e}` | {cells} | {verdict} |")
+        single = [one_seed(entries[e], entries[base]) for base in bases]
+        cells = " | ".join(f"{shown(x, metric, '+')} | {ends_of(*ends, metric, is_single)}"
+                           for (x, *ends), is_single in zip(found, single))
+        known = [(-math.inf, math.inf) if is_single else ends for (_, *ends), is_single in zip(found, single)]
+        lines.append(f"| `{e}` | {cells} | {within(known, metric)} |")
     return [*lines, ""]
 
 def difference_table(entries, drawn, planned, metric):

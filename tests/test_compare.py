@@ -131,17 +131,26 @@ def test_molf_is_compared_with_both():
     assert table.margin_table(sides, resample(sides), {"lora", "lora --ranks 4", *sides}, "ES") == []
 
 
-@pytest.mark.parametrize("seeds, more, verdict", [(2, "", "no"), (1, ", rows only", "open")])
-def test_a_single_seed_decides_nothing(seeds, more, verdict):
+@pytest.mark.parametrize("metric, of_fft, of_lora, of_molf, verdict", [
+    ("ES", 2, 2, 2, "no"), ("ES", 2, 2, 1, "open"), ("ES", 1, 1, 2, "open"), ("ES", 1, 2, 2, "no"),
+    ("ES", 2, 1, 2, "no"), ("loss", 2, 2, 1, "")])
+def test_what_a_single_seed_cannot_decide(metric, of_fft, of_lora, of_molf, verdict):
     worse, better = [0.0] * 200, [1.0] * 200
-    sides = {"fft": side([better] * 2), "lora": side([better] * 2), "molf": side([worse] * seeds)}
-    drawn = resample(sides)
-    *_, line, _ = table.margin_table(sides, drawn, set(sides), "ES")
-    ends = "-100.0 to -100.0" + more
-    assert line == f"| `molf` | -100.0 | {ends} | -100.0 | {ends} | {verdict} |"
-    sides["molf --score random"], drawn["molf --score random"] = sides["fft"], drawn["fft"]
-    _, _, line, _ = table.difference_table(sides, drawn, set(sides), "ES")
-    assert line == f"| `molf` − `molf --score random` | -100.0 | {ends} | 0.0 |"
+    sides = {"fft": side([better] * of_fft), "lora": side([better] * of_lora),
+             "molf": side([worse] * of_molf)}
+    *_, line, _ = table.margin_table(sides, resample(sides), set(sides), metric)
+    *_, ends_fft, _, ends_lora, found, _ = [cell.strip() for cell in line.split("|")]
+    assert found == verdict
+    assert ends_fft.endswith(", one seed") == (1 in (of_fft, of_molf))
+    assert ends_lora.endswith(", one seed") == (1 in (of_lora, of_molf))
+
+
+@pytest.mark.parametrize("of_molf, of_coin", [(2, 2), (1, 2), (2, 1)])
+def test_a_difference_says_that_a_side_has_one_seed(of_molf, of_coin):
+    sides = {"molf": side([[0.0] * 200] * of_molf), "molf --score random": side([[1.0] * 200] * of_coin)}
+    *_, line, _ = table.difference_table(sides, resample(sides), set(sides), "ES")
+    more = ", one seed" if 1 in (of_molf, of_coin) else ""
+    assert line == f"| `molf` − `molf --score random` | -100.0 | -100.0 to -100.0{more} | 0.0 |"
 
 
 @pytest.mark.parametrize("ends, metric, verdict", [
