@@ -17,7 +17,8 @@ from bench.plot import COLOURS, DASHES, MARKERS, new_figure, save, shown  # noqa
 from bench.table import METHODS, factor_of, method_of, read_table, test_runs, unit, words_of  # noqa: E402
 from lib.report import escape_unprintable, quiet_ends, stop  # noqa: E402
 
-FILLS = "full", "none", "left", "right"
+SHAPES = *MARKERS, "<", ">", "p", "*"
+FILLS = "full", "none"
 
 def values_of(runs, rows, metric):
     return [unit(metric) * float(rows[run][metric]) for run in runs if rows[run]["ended"] == "finished"]
@@ -36,7 +37,7 @@ def draw(rows, x, y):
             spread = [statistics.stdev(values) if len(values) > 1 else None for values in (ys, xs)]
             ax.errorbar(statistics.mean(xs), statistics.mean(ys), *spread,
                         elinewidth=0.5, label=shown(entry), color=COLOURS[METHODS.index(method_of(entry))],
-                        marker=MARKERS[i % len(MARKERS)], fillstyle=FILLS[i // len(MARKERS) % len(FILLS)])
+                        marker=SHAPES[i % len(SHAPES)], fillstyle=FILLS[i // len(SHAPES) % len(FILLS)])
     for i, method in enumerate(("fft", "lora")):
         family = sorted((e for e in runs if words_of(e) == [method]), key=factor_of)
         points = [[statistics.mean(values_of(runs[e], rows, metric)) for metric in (x, y)] for e in family]
