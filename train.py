@@ -388,11 +388,12 @@ def prepare(model, rows, a):
 def prepare_to_train(model, rows, a):
     """-> what `prepare` says, the names of the modules, and the groups for the optimizer of this rank"""
     said = prepare(model, rows, a)
-    batches = [batch_of(i, rows.examples, a) for i in range(said["steps"])]
-    if a.eager is None and better_eager(model, batches, a):
-        print("not compiled, because the run is short (--no-eager compiles)")
-        a.eager = True
-    said["eager"] = bool(a.eager)
+    if a.eager is None:
+        batches = [batch_of(i, rows.examples, a) for i in range(said["steps"])]
+        a.eager = better_eager(model, batches, a)
+        if a.eager:
+            print("not compiled, because the run is short (--no-eager compiles)")
+    said["eager"] = a.eager
     module_names = [name for name, _ in molf_layers(model)]
     groups = param_groups(model, a.lr, a.lora_lr, a.weight_decay, a.lora_weight_decay)
     try:

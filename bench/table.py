@@ -301,12 +301,13 @@ def margin_table(entries, drawn, planned, metric):
     lines = [f"| {metric} | " + " | ".join(f"− `{base}` | 95 % interval" for base in bases)
              + f" | within {MARGIN} |", "| --- | --- | --- | --- | --- | --- |"]
     for e in rules:
-        found = [interval(entries[e], entries[base], drawn[e], drawn[base]) for base in bases]
-        single = [one_seed(entries[e], entries[base]) for base in bases]
-        cells = " | ".join(f"{shown(x, metric, '+')} | {ends_of(*ends, metric, is_single)}"
-                           for (x, *ends), is_single in zip(found, single))
-        known = [(-math.inf, math.inf) if is_single else ends for (_, *ends), is_single in zip(found, single)]
-        lines.append(f"| `{e}` | {cells} | {within(known, metric)} |")
+        cells, known = [], []
+        for base in bases:
+            x, low, high = interval(entries[e], entries[base], drawn[e], drawn[base])
+            single = one_seed(entries[e], entries[base])
+            cells.append(f"{shown(x, metric, '+')} | {ends_of(low, high, metric, single)}")
+            known.append((-math.inf, math.inf) if single else (low, high))      # a single seed says nothing
+        lines.append(f"| `{e}` | {' | '.join(cells)} | {within(known, metric)} |")
     return [*lines, ""]
 
 def difference_table(entries, drawn, planned, metric):

@@ -26,7 +26,7 @@ from molf import param_groups
 
 CARDS = 24, 40, 80, 141     # GB
 USABLE = 0.92               # of a card: the rest is CUDA's, cuBLAS's and NCCL's, and what fragments lose
-SHORT_RUN = 32              # micro-batches: fewer are not worth a compilation, see bench/README.md
+SHORT_RUN = 32              # micro-batches: so few are not worth a compilation, see bench/README.md
 
 def bytes_of(params):
     return sum(p.nbytes for p in params)
