@@ -30,8 +30,9 @@ the .jsonl beside it. Those two files say what is finished: the same command goe
 --out. It goes on with an unfinished run where the same --out has its checkpoint. Entries, seeds and rates may
 be added later, but the first grid of several rates is another plan, because it keeps rows for validation. A
 run that fails is named, and runs again the next time. A loss or score that is not finite is a result. A peer
-has no checkpoints: one that was stopped begins anew. A table is refused if its rows, or the code of one of
-its rules, have changed since: give another --csv, or the rule another name.
+has no checkpoints: one that was stopped begins anew. A table is refused if its model, its rows, or the code
+of one of its rules have changed since: give another --csv, or the rule another name. Files may lie elsewhere,
+for only what is in them counts.
 """
 import argparse
 import contextlib
@@ -61,7 +62,8 @@ from bench.table import (LOWER_IS_BETTER, METHODS, PEER_OF, Run, add_row, best_o
                          in_order, method_of, metrics_of, outcomes_of, rate, read_table, report, searched,
                          shown, sources, words_of)
 from data import TASKS, load_rows  # noqa: E402
-from lib.files import digest, empty, find_checkpoint, read_record, write_safely  # noqa: E402
+from lib.files import (digest, empty, find_checkpoint, model_inputs, read_record, weight_files,  # noqa: E402
+                       write_safely)
 from lib.report import escape_unprintable, quiet_ends, stop  # noqa: E402
 from lib.rows import TENTH, split_off  # noqa: E402
 from molf import ROUTES  # noqa: E402
@@ -74,6 +76,7 @@ OF_ENTRIES = set("score route top_k ranks alpha dropout rest weight_decay lora_w
                  "clip".split())
 OF_THIS_PROGRAM = set("method rest lr lora_lr seed out overwrite resume eval_only no_before dry_run "
                       "world_size".split())
+OF_FILES = {"model", "data", "eval_data"}                       # what is in them counts, not where they are
 LARGE = "model", "adapter", "last-good", "checkpoints"          # of a run that has ended
 
 # ------------------------------------------------------------------------------------------------------------
@@ -130,12 +133,27 @@ def split_rows(a):
     picked = split_off(numbered, n, "validation")
     return [row for i, row in numbered.items() if i not in picked], [picked[i] for i in sorted(picked)]
 
-def digest_of_rows(a):
-    """What trains, what chooses rates and what is asked, whatever file it is in"""
+def digest_of_files(a):
+    """The model (of its weights shapes, and the last MiB of each file), what trains, what chooses rates and
+    what is asked"""
     asked = ()
     if not TASKS[a.cell.task].tests_training_rows:
         asked, _ = load_rows(a.cell.task, "test", a.cell.eval_data, a.cell.eval_limit)
-    return digest(json.dumps([*a.split, list(asked)], sort_keys=True, default=str))
+    source = find_checkpoint(a.cell.model)
+    parts = [json.dumps([*a.split, list(asked)], sort_keys=True, default=str), model_inputs(source)]
+    for path in weight_files(source):
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - 2 ** 20))
+            parts.append(file.read())
+    return digest(*parts)
+
+def read_files(a):
+    """Add to the flags what follows from files: split (the rows of both kinds), data (a digest), out (where
+    the runs of this plan and these files are)."""
+    a.split = split_rows(a)
+    a.data = digest_of_files(a)
+    a.out = a.out / digest(a.plan, a.data)
+    return a
 
 def digest_of_rule(entry):
     """The code of its rule and its route, as far as it stands in those two functions; "" if it has none"""
@@ -148,11 +166,11 @@ def refuse_another_plan(rows, a):
     for run, row in rows.items():
         if row["plan"] != a.plan:
             theirs = f"-- {row['flags']} (--select {row['select']}, --validation {row['validation']})"
-            ours = f"-- {shlex.join(a.shared)} (--select {a.select}, --validation {a.validation_rows})"
+            ours = f"-- {a.flags} (--select {a.select}, --validation {a.validation_rows})"
             raise ValueError(f"{a.csv} holds the runs of another plan, {theirs}. This one is {ours}: give "
                              f"another --csv")
-        if row.get("data") not in (None, "", a.data):               # (older tables do not have it)
-            raise ValueError(f"{a.csv}: its runs had other rows than these: give another --csv")
+        if row["data"] != a.data:
+            raise ValueError(f"{a.csv}: its runs had other rows or another model: give another --csv")
         if row.get("rule") and run.entry in a.entries and row["rule"] != digest_of_rule(run.entry):
             raise ValueError(f"{a.csv}: {run.entry} ran with other code of its rule or route: give the rule "
                              f"another name, or another --csv")
@@ -327,7 +345,7 @@ def run_all(a, deadline):
     -> {Run: why it failed}, and the signal, or None"""
     files = write_rows(a)
     rows = read_table(a.csv)
-    of_plan = dict(plan=a.plan, select=a.select, task=a.cell.task, flags=shlex.join(a.shared),
+    of_plan = dict(plan=a.plan, select=a.select, task=a.cell.task, flags=a.flags,
                    validation=a.validation_rows, data=a.data)
     asked = []
 
@@ -448,7 +466,8 @@ def refuse_nonsense(words, shared):
 
 def parse_args(argv):
     """-> the flags, with what follows from them: shared (what stands behind --), cell (all flags of train.py
-    that it means), plan (a digest of what the runs of a table have in common). Wrong usage exits with 2."""
+    that it means), flags (shared, of files the name alone), plan (a digest of what the runs of a table have
+    in common, but for files). Wrong usage exits with 2."""
     p = make_parser()
     cut = argv.index("--") if "--" in argv else len(argv)
     a, shared = p.parse_args(argv[:cut]), argv[cut + 1:]
@@ -490,8 +509,11 @@ def parse_args(argv):
     if same and not task.tests_training_rows and a.cell.data not in ("toy", "hub"):
         p.error(f"--eval-data {a.cell.eval_data}: those are the rows that train")
     a.validation_rows = (a.validation or "default") if searches(a) else 0
-    a.plan = digest(shared, a.select, a.validation_rows, a.lr_seed)
-    a.out = a.out / a.plan
+    files = {getattr(a.cell, name) for name in OF_FILES}
+    a.flags = shlex.join(Path(w).name if os.path.abspath(w) in files else w for w in shared)
+    given = {name: getattr(a.cell, name) for name in flags_given(shared) - OF_FILES}
+    toy = a.cell.model == "toy"                     # it has other defaults
+    a.plan = digest(sorted(given.items()), toy, a.select, a.validation_rows, a.lr_seed)
     return a
 
 def main(argv=None):
@@ -505,8 +527,7 @@ def main(argv=None):
             return
         deadline = time.monotonic() + a.until
         rows = read_table(a.csv)
-        a.split = split_rows(a)
-        a.data = digest_of_rows(a)
+        read_files(a)
         refuse_another_plan(rows, a)
         a.csv.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=a.csv.parent).close()        # else it would be known after the first run

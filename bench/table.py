@@ -33,6 +33,7 @@ both sides), the spread over seeds that of the seeds' means, each side's own; an
 t, which knows how few the seeds are. A true difference of 1.4 times half a width is found four times in five.
 *within {MARGIN}*: yes if neither interval, against fft and against lora, goes lower than {MARGIN} points
 worse; no if one of them lies below that as a whole; else open, and also where both do the same on every row.
+A second table has those that freeze embedding and norms, as lora does, beside an fft that does so as well.
 *one seed*: one of the two has a single seed. The interval does not know how far that side's seeds spread, and
 decides nothing. Of many entries the one that looks best does so by luck as well: no interval knows of that
 choice. An entry with a run that was not finite is left out."""
@@ -255,22 +256,42 @@ def interval(one, other, rows_one, rows_other):
     x = difference[0] - difference[1]
     return x, x - half, x + half
 
+def without(entry, *names):
+    """-> what is left of an entry without those flags, of one value each. For entries that differ in nothing
+    else it is equal."""
+    p = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in names:
+        p.add_argument(name)
+    return [factor_of(entry), method_of(entry), *p.parse_known_args(words_of(entry)[1:])[1]]
+
+def frozen_fft(entries):
+    """[the plain fft whose rest is frozen], or []"""
+    return [e for e in entries if without(e, "--rest") == [1, "fft"] and not trains_rest(e)]
+
 def pairs_of(entries, planned):
     """-> [(entry, what it is compared with)], of those that there are. planned: all entries of the table,
     also those of which a run was not finite"""
     first = {method: plain(method, planned) for method in METHODS}
-    rules = [e for e in entries if method_of(e) == "molf"]
-    coins = [e for e in rules if "--score random" in e]
+    rules = [e for e in entries if method_of(e) in ("molf", "molf-e")]
+    controls = [e for e in entries if method_of(e) in ("fft", "lora")
+                and e not in (first["fft"], first["lora"], *frozen_fft(entries))]
+    # a peer with the same of ours, adaptive LoRA with LoRA
     pairs = [(e, e.replace(theirs, ours)) for theirs, ours in SAME_AS.items() for e in entries
              if method_of(e) == theirs]
-    pairs += [(first[method], first["lora"]) for method in ("molf-e", "dora", "adalora")]
-    pairs += [(first["molf"], e) for e in entries if method_of(e) == "lora" and e != first["lora"]]
-    pairs += [(e, first["molf"]) for e in rules if e not in [first["molf"], *coins]]
-    pairs += [(e, coin) for coin in coins for e in rules if e != coin]
-    molf_e = [e for e in entries if method_of(e) == "molf-e"]
-    pairs += [(e, first["molf-e"]) for e in molf_e if e != first["molf-e"]]
-    pairs += [(e, first[rival]) for rival in ("dora", "adalora") for e in molf_e]
-    return [pair for pair in pairs if set(pair) <= set(entries)]
+    pairs += [(e, first["lora"]) for e in entries if method_of(e) in ("molf-e", "dora", "adalora")]
+    # molf with other fft and lora: those that train the same, and those with other rates
+    pairs += [(e, other) for other in controls for e in rules if method_of(e) == "molf"
+              and factor_of(e) == 1 and ("--rest" not in other or trains_rest(e) == trains_rest(other))]
+    # rules with the paper's, and all with the coin
+    for other in rules:
+        coin, epd = "--score random" in other, not {"--score", "--route"} & set(words_of(other))
+        pairs += [(e, other) for e in rules if e != other and (coin or epd and "--score random" not in e)
+                  and without(e, "--score", "--route") == without(other, "--score", "--route")]
+    # the rest trained with the rest frozen
+    pairs += [(e, other) for e in entries for other in entries if trains_rest(e) > trains_rest(other)
+              and without(e, "--rest") == without(other, "--rest")]
+    pairs += [(e, first[rival]) for rival in ("dora", "adalora") for e in rules if method_of(e) == "molf-e"]
+    return [pair for pair in dict.fromkeys(pairs) if set(pair) <= set(entries)]
 
 def within(intervals, metric):
     """intervals: (low, high) against fft and against lora. Do they say that it is better than both, or worse
@@ -293,22 +314,27 @@ def ends_of(low, high, metric, single=False):
     return f"{shown(low, metric, '+')} to {shown(high, metric, '+')}" + ", one seed" * single
 
 def margin_table(entries, drawn, planned, metric):
-    """entries: {entry: sums, ns}; drawn: what `resample` gives for them. -> lines: molf against fft, lora"""
-    bases = [plain(method, planned) for method in ("fft", "lora")]
+    """entries: {entry: sums, ns}; drawn: what `resample` gives for them. -> lines: molf against fft and lora,
+    and where molf and fft freeze the rest, as lora does, that molf against that fft"""
+    fft, lora = [plain(method, planned) for method in ("fft", "lora")]
     rules = [e for e in entries if method_of(e) == "molf"]
-    if not rules or not set(bases) <= set(entries):
-        return []
-    lines = [f"| {metric} | " + " | ".join(f"− `{base}` | 95 % interval" for base in bases)
-             + f" | within {MARGIN} |", "| --- | --- | --- | --- | --- | --- |"]
-    for e in rules:
-        cells, known = [], []
-        for base in bases:
-            x, low, high = interval(entries[e], entries[base], drawn[e], drawn[base])
-            single = one_seed(entries[e], entries[base])
-            cells.append(f"{shown(x, metric, '+')} | {ends_of(low, high, metric, single)}")
-            known.append((-math.inf, math.inf) if single else (low, high))      # a single seed says nothing
-        lines.append(f"| `{e}` | {' | '.join(cells)} | {within(known, metric)} |")
-    return [*lines, ""]
+    lines = []
+    for base, of_base in [(fft, rules)] + [(e, [r for r in rules if not trains_rest(r)])
+                                           for e in frozen_fft(entries)]:
+        if of_base and {base, lora} <= set(entries):
+            lines += [f"| {metric} | − `{base}` | 95 % interval | − `{lora}` | 95 % interval "
+                      f"| within {MARGIN} |", "| --- | --- | --- | --- | --- | --- |",
+                      *[margin_line(e, (base, lora), entries, drawn, metric) for e in of_base], ""]
+    return lines
+
+def margin_line(entry, bases, entries, drawn, metric):
+    cells, known = [], []
+    for base in bases:
+        x, low, high = interval(entries[entry], entries[base], drawn[entry], drawn[base])
+        single = one_seed(entries[entry], entries[base])
+        cells.append(f"{shown(x, metric, '+')} | {ends_of(low, high, metric, single)}")
+        known.append((-math.inf, math.inf) if single else (low, high))      # a single seed says nothing
+    return f"| `{entry}` | {' | '.join(cells)} | {within(known, metric)} |"
 
 def difference_table(entries, drawn, planned, metric):
     """The same for all other pairs."""

@@ -308,7 +308,10 @@ def run_inputs(rows, source):
     """{what a run is made from: its digest}. rows: lib.rows.Rows; source: the directory of the base model."""
     return {"training rows": digest(*(tuple(e) for e in rows.examples)),
             "evaluation rows": digest(*((q.prompt, [tuple(e) for e in q.examples]) for q in rows.questions)),
-            "base model": digest(weights_header(source), (source / "config.json").read_bytes()),
+            **model_inputs(source)}
+
+def model_inputs(source):
+    return {"base model": digest(weights_header(source), (source / "config.json").read_bytes()),
             "tokenizer": digest((source / "tokenizer.json").read_bytes())}
 
 def refuse_other_inputs(out, inputs):

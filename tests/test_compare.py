@@ -308,10 +308,40 @@ def test_peers_are_paired_with_the_same_of_ours_and_with_molf_e():
     entries = ["fft", "0.5 fft", "lora", "lora --ranks 4", "molf-e", "molf-e --score snr", "transformers-fft",
                "0.5 transformers-fft", "2 transformers-fft", "peft-lora --ranks 4", "dora", "adalora"]
     assert set(table.pairs_of(entries, entries)) == {
-        ("molf-e", "lora"), ("dora", "lora"), ("adalora", "lora"), ("molf-e --score snr", "molf-e"),
+        ("molf-e", "lora"), ("dora", "lora"), ("adalora", "lora"), ("molf-e --score snr", "lora"),
+        ("molf-e --score snr", "molf-e"),
         ("transformers-fft", "fft"), ("0.5 transformers-fft", "0.5 fft"),
         ("peft-lora --ranks 4", "lora --ranks 4"), ("molf-e", "dora"), ("molf-e --score snr", "dora"),
         ("molf-e", "adalora"), ("molf-e --score snr", "adalora")}
+
+
+def test_molf_is_paired_with_what_differs_in_one_thing():
+    entries = ["fft", "0.5 fft", "fft --rest freeze", "lora", "lora --rest train", "molf",
+               "molf --score gain", "molf --rest freeze", "molf --score gain --rest freeze",
+               "molf --score random --rest freeze", "molf --score random", "0.5 molf --score random",
+               "molf --score gain --route softmax"]
+    trained = ["molf", "molf --score gain", "molf --score random", "molf --score gain --route softmax"]
+    of_the_rest = [("fft", "fft --rest freeze"), ("lora --rest train", "lora"), ("molf", "molf --rest freeze"),
+                   ("molf --score gain", "molf --score gain --rest freeze"),
+                   ("molf --score random", "molf --score random --rest freeze")]
+    everywhere = [(e, "0.5 fft") for e in entries if e.startswith("molf")]          # as with fft itself
+    of_the_rule = [("molf --score gain", "molf"), ("molf --score gain --route softmax", "molf"),
+                   ("molf --score gain --rest freeze", "molf --rest freeze"),
+                   ("molf", "molf --score random"), ("molf --score gain", "molf --score random"),
+                   ("molf --score gain --route softmax", "molf --score random"),
+                   ("molf --rest freeze", "molf --score random --rest freeze"),
+                   ("molf --score gain --rest freeze", "molf --score random --rest freeze")]
+    assert sorted(table.pairs_of(entries, entries)) == sorted(
+        [*of_the_rest, *everywhere, *of_the_rule, *((e, "lora --rest train") for e in trained)])
+    sides = {e: side([[0.0, 1.0]] * 2) for e in entries}
+    lines = table.margin_table(sides, resample(sides), set(sides), "ES")
+    (plain_fft, *of_fft), (frozen, *of_frozen) = [
+        [line.split("|")[1:3] for line in lines[a:b] if "---" not in line]
+        for a, b in ((0, lines.index("")), (lines.index("") + 1, -1))]
+    assert plain_fft[1].strip() == "− `fft`" and len(of_fft) == 8
+    assert frozen[1].strip() == "− `fft --rest freeze`"
+    assert [name.strip() for name, _ in of_frozen] == [
+        "`molf --rest freeze`", "`molf --score gain --rest freeze`", "`molf --score random --rest freeze`"]
 
 
 def test_base_is_the_model_before_all_training(tmp_path, capsys):
@@ -344,10 +374,39 @@ def test_what_has_ended_does_not_run_again(one_worker, monkeypatch, tmp_path, ca
     assert rows_of(tmp_path) == rows_of(one_worker)
 
 
+def test_a_table_goes_on_where_its_files_lie_elsewhere_if_the_same_is_in_them(tmp_path):
+    rows, _ = data.load_rows("fact", "train", "toy", 8)
+    lines = [json.dumps(row) + "\n" for row in rows]
+    here, there = tmp_path / "here", tmp_path / "there"
+
+    def read(folder):
+        files = ["--model", str(folder / "a model"), "--data", str(folder / "facts.jsonl")]
+        return compare.read_files(compare.parse_args(small_plan(folder, cell=[*SMALL, *files])))
+    for folder in (here, there):
+        shutil.copytree(Path(train.__file__).with_name("toy"), folder / "a model")
+        (folder / "facts.jsonl").write_text("".join(lines))
+    ours = read(here)
+    table = {Run("test", "fft", 1e-3, None, 1): dict(plan=ours.plan, data=ours.data, flags=ours.flags,
+                                                     select=ours.select, validation="default", rule="")}
+    assert ours.flags.endswith("--model 'a model' --data facts.jsonl")
+    compare.refuse_another_plan(table, read(there))
+    weights = there / "a model" / "model.safetensors"
+    trained = weights.read_bytes()
+    weights.write_bytes(trained[:-1] + bytes([trained[-1] ^ 1]))
+    with pytest.raises(ValueError, match="its runs had other rows or another model: give another --csv"):
+        compare.refuse_another_plan(table, read(there))
+    weights.write_bytes(trained)
+    (there / "facts.jsonl").write_text("".join(lines[:-1]))
+    with pytest.raises(ValueError, match="its runs had other rows or another model"):
+        compare.refuse_another_plan(table, read(there))
+    with pytest.raises(ValueError, match="another plan"):           # the toy has other defaults
+        compare.refuse_another_plan(table, compare.read_files(compare.parse_args(small_plan(here))))
+
+
 def test_a_run_that_fails_is_named_and_the_others_go_on_with_two_workers_as_with_one(
         one_worker, tmp_path, capsys):
     argv = small_plan(tmp_path, "--workers", "2")
-    blocked = compare.parse_args(argv).out / compare.folder_of(Run("test", "fft", 1e-3, None, 1))
+    blocked = compare.read_files(compare.parse_args(argv)).out / compare.folder_of(Run("test", "fft", 1e-3, None, 1))
     blocked.parent.mkdir(parents=True)
     blocked.write_text("no directory")
     with pytest.raises(SystemExit) as e:
@@ -442,7 +501,7 @@ def test_after_until_nothing_begins_and_what_runs_is_stopped_and_goes_on_later(t
     argv = small_plan(tmp_path, plan=plan, cell=cell)
     compare.main(["--until", "0", *argv])
     assert "1 or more runs are missing" in capsys.readouterr().out and not (tmp_path / "small.csv").exists()
-    out = compare.parse_args(argv).out / compare.folder_of(Run("test", "fft", 1e-3, None, 1))
+    out = compare.read_files(compare.parse_args(argv)).out / compare.folder_of(Run("test", "fft", 1e-3, None, 1))
 
     class Clock:        # time is over when the training has begun
         def monotonic():
