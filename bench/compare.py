@@ -27,16 +27,18 @@ row is kept for validation.
 
 What is left. When a run ends, its row is written to --csv, and the outcome of each row that it was asked to
 the .jsonl beside it. Those two files say what is finished: the same command goes on from there, also without
---out. It goes on with an unfinished run where the same --out has its checkpoint. Entries, seeds and rates may
+--out. It goes on with an unfinished run where the same --out has its checkpoint, and model and rows lie where
+they lay. Entries, seeds and rates may
 be added later, but the first grid of several rates is another plan, because it keeps rows for validation. A
 run that fails is named, and runs again the next time. A loss or score that is not finite is a result. A peer
 has no checkpoints: one that was stopped begins anew. A table is refused if its model, its rows, or the code
-of one of its rules have changed since: give another --csv, or the rule another name. Files may lie elsewhere,
-for only what is in them counts.
+of one of its rules have changed since: give another --csv, or the rule another name. Where files lie does
+not matter, only what is in them.
 """
 import argparse
 import contextlib
 import gc
+import hashlib
 import inspect
 import json
 import math
@@ -134,25 +136,25 @@ def split_rows(a):
     return [row for i, row in numbered.items() if i not in picked], [picked[i] for i in sorted(picked)]
 
 def digest_of_files(a):
-    """The model (of its weights shapes, and the last MiB of each file), what trains, what chooses rates and
-    what is asked"""
+    """Of the model its weights, config and tokenizer; and the rows that train, choose rates and are asked"""
     asked = ()
     if not TASKS[a.cell.task].tests_training_rows:
         asked, _ = load_rows(a.cell.task, "test", a.cell.eval_data, a.cell.eval_limit)
     source = find_checkpoint(a.cell.model)
-    parts = [json.dumps([*a.split, list(asked)], sort_keys=True, default=str), model_inputs(source)]
+    weights = hashlib.sha256()
     for path in weight_files(source):
         with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - 2 ** 20))
-            parts.append(file.read())
-    return digest(*parts)
+            while block := file.read(2 ** 20):
+                weights.update(block)
+    rows = json.dumps([*a.split, list(asked)], sort_keys=True, default=str)
+    return digest(rows, weights.hexdigest(), model_inputs(source))
 
 def read_files(a):
-    """Add to the flags what follows from files: split (the rows of both kinds), data (a digest), out (where
-    the runs of this plan and these files are)."""
+    """Add to the flags what follows from files: split (the rows of both kinds), data (a digest of model and
+    rows), out (the place of such runs: train.py goes on only if model and rows lie as before). -> flags"""
     a.split = split_rows(a)
     a.data = digest_of_files(a)
-    a.out = a.out / digest(a.plan, a.data)
+    a.out = a.out / digest(a.plan, a.data, a.cell.model, a.cell.eval_data)
     return a
 
 def digest_of_rule(entry):
@@ -422,9 +424,13 @@ def make_parser():
     add("--report", nargs="+", type=Path, metavar="CSV", help="write the report of these tables; run nothing")
     return p
 
+def split_flag(word):
+    """ "--flag=x" -> "--flag", "x" """
+    return word.split("=", 1) if word.startswith("--") else [word]
+
 def canonical(entry):
     """The entry as a table names it: "--flag=x" is "--flag x". ValueError if it is none."""
-    words = [part for word in shlex.split(entry) for part in word.split("=", 1)]
+    words = [part for word in shlex.split(entry) for part in split_flag(word)]
     known = train.make_parser()._option_string_actions
     unknown = [word for word in words if word.startswith("--") and word not in known]
     if unknown:
@@ -470,7 +476,7 @@ def parse_args(argv):
     in common, but for files). Wrong usage exits with 2."""
     p = make_parser()
     cut = argv.index("--") if "--" in argv else len(argv)
-    a, shared = p.parse_args(argv[:cut]), argv[cut + 1:]
+    a, shared = p.parse_args(argv[:cut]), [part for word in argv[cut + 1:] for part in split_flag(word)]
     if a.report:
         return a
     wrong = flags_given(shared) & OF_THIS_PROGRAM
@@ -510,10 +516,12 @@ def parse_args(argv):
         p.error(f"--eval-data {a.cell.eval_data}: those are the rows that train")
     a.validation_rows = (a.validation or "default") if searches(a) else 0
     files = {getattr(a.cell, name) for name in OF_FILES}
-    a.flags = shlex.join(Path(w).name if os.path.abspath(w) in files else w for w in shared)
+    paths = {w: os.path.abspath(w) for w in shared}
+    a.flags = shlex.join(Path(paths[w]).name if paths[w] in files else w for w in shared)
     given = {name: getattr(a.cell, name) for name in flags_given(shared) - OF_FILES}
-    toy = a.cell.model == "toy"                     # it has other defaults
-    a.plan = digest(sorted(given.items()), toy, a.select, a.validation_rows, a.lr_seed)
+    given |= dict(toy=a.cell.model == "toy",                        # it has other defaults
+                  device=a.cell.device.partition(":")[0], dtype=a.cell.dtype)
+    a.plan = digest(sorted(given.items()), a.select, a.validation_rows, a.lr_seed)
     return a
 
 def main(argv=None):

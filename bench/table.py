@@ -1,7 +1,6 @@
 """What a comparison leaves, and its report, for bench/compare.py: a table with a row for each run, and beside
 it, in a .jsonl of the same name, the outcome of each row that the run was asked.
 """
-import argparse
 import base64
 import csv
 import io
@@ -33,7 +32,7 @@ both sides), the spread over seeds that of the seeds' means, each side's own; an
 t, which knows how few the seeds are. A true difference of 1.4 times half a width is found four times in five.
 *within {MARGIN}*: yes if neither interval, against fft and against lora, goes lower than {MARGIN} points
 worse; no if one of them lies below that as a whole; else open, and also where both do the same on every row.
-A second table has those that freeze embedding and norms, as lora does, beside an fft that does so as well.
+A second table, if there is one, has those that freeze embedding and norms, as lora does, beside such an fft.
 *one seed*: one of the two has a single seed. The interval does not know how far that side's seeds spread, and
 decides nothing. Of many entries the one that looks best does so by luck as well: no interval knows of that
 choice. An entry with a run that was not finite is left out."""
@@ -70,11 +69,20 @@ def words_of(entry):
 def method_of(entry):
     return words_of(entry)[0]
 
+def flags_of(entry):
+    """-> {"--ranks": ["4", "16"]}"""
+    flags = {}
+    for word in words_of(entry)[1:]:
+        if word.startswith("--"):
+            flags[word] = values = []
+        else:
+            values.append(word)
+    return flags
+
 def trains_rest(entry):
     """Do embedding, norms and head train? As in train.py, for fft and molf unless --rest says otherwise."""
-    p = argparse.ArgumentParser(add_help=False)
-    p.add_argument("--rest", default="train" if method_of(entry) in ("fft", "molf") else "freeze")
-    return p.parse_known_args(words_of(entry)[1:])[0].rest == "train"
+    default = "train" if method_of(entry) in ("fft", "molf") else "freeze"
+    return flags_of(entry).get("--rest", [default]) == ["train"]
 
 def in_order(entries):
     return sorted(set(entries), key=lambda e: (METHODS.index(method_of(e)), len(e), e))
@@ -162,9 +170,9 @@ def read_table(path):
         table = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"), newline="")))
         rows = {Run(r["phase"], r["entry"], number(r["lr"]), number(r["lora_lr"]), int(r["seed"])): r
                 for r in table}
-        plans = {r["plan"] for r in table}
+        plans = {(r["plan"], r.get("data")) for r in table}
     if len(plans) > 1:
-        raise ValueError(f"{path} holds the runs of {len(plans)} plans: one file is for one")
+        raise ValueError(f"{path} holds the runs of {len(plans)} plans, models or data: one file is for one")
     return rows
 
 def add_row(path, run, row, outcomes):
@@ -257,36 +265,37 @@ def interval(one, other, rows_one, rows_other):
     return x, x - half, x + half
 
 def without(entry, *names):
-    """-> what is left of an entry without those flags, of one value each. For entries that differ in nothing
-    else it is equal."""
-    p = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in names:
-        p.add_argument(name)
-    return [factor_of(entry), method_of(entry), *p.parse_known_args(words_of(entry)[1:])[1]]
+    """What is left of an entry without some flags, to see whether two entries differ in those alone"""
+    others = {name: values for name, values in flags_of(entry).items() if name not in names}
+    return factor_of(entry), method_of(entry), others
 
 def frozen_fft(entries):
     """[the plain fft whose rest is frozen], or []"""
-    return [e for e in entries if without(e, "--rest") == [1, "fft"] and not trains_rest(e)]
+    return [e for e in entries if without(e, "--rest") == (1, "fft", {}) and not trains_rest(e)]
 
 def pairs_of(entries, planned):
     """-> [(entry, what it is compared with)], of those that there are. planned: all entries of the table,
     also those of which a run was not finite"""
     first = {method: plain(method, planned) for method in METHODS}
     rules = [e for e in entries if method_of(e) in ("molf", "molf-e")]
+    coins = [e for e in rules if flags_of(e).get("--score") == ["random"] and "--route" not in flags_of(e)]
     controls = [e for e in entries if method_of(e) in ("fft", "lora")
                 and e not in (first["fft"], first["lora"], *frozen_fft(entries))]
     # a peer with the same of ours, adaptive LoRA with LoRA
     pairs = [(e, e.replace(theirs, ours)) for theirs, ours in SAME_AS.items() for e in entries
              if method_of(e) == theirs]
-    pairs += [(e, first["lora"]) for e in entries if method_of(e) in ("molf-e", "dora", "adalora")]
-    # molf with other fft and lora: those that train the same, and those with other rates
+    pairs += [(e, first["lora"]) for e in entries if method_of(e) in ("molf-e", "dora", "adalora")
+              and not trains_rest(e)]
+    # molf with fft and lora of other flags or rates, if the same trains
     pairs += [(e, other) for other in controls for e in rules if method_of(e) == "molf"
-              and factor_of(e) == 1 and ("--rest" not in other or trains_rest(e) == trains_rest(other))]
-    # rules with the paper's, and all with the coin
-    for other in rules:
-        coin, epd = "--score random" in other, not {"--score", "--route"} & set(words_of(other))
-        pairs += [(e, other) for e in rules if e != other and (coin or epd and "--score random" not in e)
-                  and without(e, "--score", "--route") == without(other, "--score", "--route")]
+              and factor_of(e) == 1 and trains_rest(e) == trains_rest(other)]
+    # a rule with the plain entry if the same trains, and with the paper's rule and the coin at its own flags
+    for e in [e for e in rules if e not in coins]:
+        pairs += [(e, other) for other in rules if e != other and (
+            other == first[method_of(e)] and trains_rest(e) == trains_rest(other)
+            or without(other) == without(e, "--score", "--route"))]
+    pairs += [(e, coin) for coin in coins for e in rules if e != coin
+              and without(e, "--score", "--route") == without(coin, "--score")]
     # the rest trained with the rest frozen
     pairs += [(e, other) for e in entries for other in entries if trains_rest(e) > trains_rest(other)
               and without(e, "--rest") == without(other, "--rest")]
@@ -319,8 +328,8 @@ def margin_table(entries, drawn, planned, metric):
     fft, lora = [plain(method, planned) for method in ("fft", "lora")]
     rules = [e for e in entries if method_of(e) == "molf"]
     lines = []
-    for base, of_base in [(fft, rules)] + [(e, [r for r in rules if not trains_rest(r)])
-                                           for e in frozen_fft(entries)]:
+    frozen = [r for r in rules if not trains_rest(r)]
+    for base, of_base in [(fft, rules)] + [(e, frozen) for e in frozen_fft(entries) if e != fft]:
         if of_base and {base, lora} <= set(entries):
             lines += [f"| {metric} | − `{base}` | 95 % interval | − `{lora}` | 95 % interval "
                       f"| within {MARGIN} |", "| --- | --- | --- | --- | --- | --- |",

@@ -38,6 +38,11 @@ def small_plan(folder, *flags, plan=PLAN, cell=SMALL):
     return [*plan, "--csv", str(folder / "small.csv"), "--out", str(folder / "runs"), *flags, *cell]
 
 
+def folder_of_fft(argv):
+    out = compare.read_files(compare.parse_args(argv)).out
+    return out / compare.folder_of(Run("test", "fft", 1e-3, None, 1))
+
+
 def rows_of(folder):
     rows = read_table(folder / "small.csv")
     return {run: {k: v for k, v in row.items() if k not in CHANGES} for run, row in rows.items()}
@@ -315,33 +320,45 @@ def test_peers_are_paired_with_the_same_of_ours_and_with_molf_e():
         ("molf-e", "adalora"), ("molf-e --score snr", "adalora")}
 
 
-def test_molf_is_paired_with_what_differs_in_one_thing():
-    entries = ["fft", "0.5 fft", "fft --rest freeze", "lora", "lora --rest train", "molf",
+def test_molf_is_paired_with_what_trains_the_same():
+    entries = ["fft", "0.5 fft", "fft --rest freeze", "lora", "lora --rest train", "0.5 lora", "molf",
                "molf --score gain", "molf --rest freeze", "molf --score gain --rest freeze",
-               "molf --score random --rest freeze", "molf --score random", "0.5 molf --score random",
-               "molf --score gain --route softmax"]
-    trained = ["molf", "molf --score gain", "molf --score random", "molf --score gain --route softmax"]
-    of_the_rest = [("fft", "fft --rest freeze"), ("lora --rest train", "lora"), ("molf", "molf --rest freeze"),
-                   ("molf --score gain", "molf --score gain --rest freeze"),
-                   ("molf --score random", "molf --score random --rest freeze")]
-    everywhere = [(e, "0.5 fft") for e in entries if e.startswith("molf")]          # as with fft itself
+               "molf --rest freeze --score random", "molf --score random", "0.5 molf --score random",
+               "molf --score gain --route softmax", "molf --score random --route softmax"]
+    trained = ["molf", "molf --score gain", "molf --score random", "molf --score gain --route softmax",
+               "molf --score random --route softmax"]
+    frozen = ["molf --rest freeze", "molf --score gain --rest freeze", "molf --rest freeze --score random"]
+    of_fft_and_lora = [(e, other) for e in trained for other in ("0.5 fft", "lora --rest train")]
+    of_fft_and_lora += [(e, "0.5 lora") for e in frozen]
+    of_the_rest = [("fft", "fft --rest freeze"), ("lora --rest train", "lora"),
+                   *zip(trained[:3], frozen)]
     of_the_rule = [("molf --score gain", "molf"), ("molf --score gain --route softmax", "molf"),
+                   ("molf --score random --route softmax", "molf"),
                    ("molf --score gain --rest freeze", "molf --rest freeze"),
-                   ("molf", "molf --score random"), ("molf --score gain", "molf --score random"),
-                   ("molf --score gain --route softmax", "molf --score random"),
-                   ("molf --rest freeze", "molf --score random --rest freeze"),
-                   ("molf --score gain --rest freeze", "molf --score random --rest freeze")]
-    assert sorted(table.pairs_of(entries, entries)) == sorted(
-        [*of_the_rest, *everywhere, *of_the_rule, *((e, "lora --rest train") for e in trained)])
+                   *((e, "molf --score random") for e in trained if e != "molf --score random"),
+                   *((e, frozen[-1]) for e in frozen[:-1])]
+    assert sorted(table.pairs_of(entries, entries)) == sorted([*of_fft_and_lora, *of_the_rest, *of_the_rule])
     sides = {e: side([[0.0, 1.0]] * 2) for e in entries}
     lines = table.margin_table(sides, resample(sides), set(sides), "ES")
-    (plain_fft, *of_fft), (frozen, *of_frozen) = [
-        [line.split("|")[1:3] for line in lines[a:b] if "---" not in line]
-        for a, b in ((0, lines.index("")), (lines.index("") + 1, -1))]
-    assert plain_fft[1].strip() == "− `fft`" and len(of_fft) == 8
-    assert frozen[1].strip() == "− `fft --rest freeze`"
-    assert [name.strip() for name, _ in of_frozen] == [
-        "`molf --rest freeze`", "`molf --score gain --rest freeze`", "`molf --score random --rest freeze`"]
+    tables = [[line.split("|")[1:3] for line in lines[a:b] if "---" not in line]
+              for a, b in ((0, lines.index("")), (lines.index("") + 1, -1))]
+    (first, *of_fft), (second, *of_frozen) = tables
+    assert first[1].strip() == "− `fft`" and len(of_fft) == 9
+    assert second[1].strip() == "− `fft --rest freeze`"
+    assert sorted(name.strip() for name, _ in of_frozen) == sorted(f"`{e}`" for e in frozen)
+    del sides["fft"]                                    # then the frozen fft is the plain one
+    lines = table.margin_table(sides, resample(sides), set(sides), "ES")
+    assert lines.count("") == 1
+
+
+def test_variants_of_molf_are_paired_with_the_plain_one_and_with_their_coin():
+    entries = ["molf", "molf --top-k 2", "molf --top-k 2 --score random", "molf --ranks 4 16 --alpha 8",
+               "molf --alpha 8 --score gain --ranks 4 16", "2 molf", "molf-e", "molf-e --rest train", "lora"]
+    assert sorted(table.pairs_of(entries, entries)) == sorted([
+        ("molf --top-k 2", "molf"), ("molf --top-k 2", "molf --top-k 2 --score random"), ("2 molf", "molf"),
+        ("molf --ranks 4 16 --alpha 8", "molf"), ("molf --alpha 8 --score gain --ranks 4 16", "molf"),
+        ("molf --alpha 8 --score gain --ranks 4 16", "molf --ranks 4 16 --alpha 8"),
+        ("molf-e", "lora"), ("molf-e --rest train", "molf-e")])
 
 
 def test_base_is_the_model_before_all_training(tmp_path, capsys):
@@ -375,38 +392,63 @@ def test_what_has_ended_does_not_run_again(one_worker, monkeypatch, tmp_path, ca
 
 
 def test_a_table_goes_on_where_its_files_lie_elsewhere_if_the_same_is_in_them(tmp_path):
-    rows, _ = data.load_rows("fact", "train", "toy", 8)
-    lines = [json.dumps(row) + "\n" for row in rows]
+    prompts = [{"prompt": f"{i} and", "completion": " so on"} for i in range(9)]
+    files = {"rows.jsonl": prompts[:8], "asked.jsonl": prompts[8:]}
     here, there = tmp_path / "here", tmp_path / "there"
 
-    def read(folder):
-        files = ["--model", str(folder / "a model"), "--data", str(folder / "facts.jsonl")]
-        return compare.read_files(compare.parse_args(small_plan(folder, cell=[*SMALL, *files])))
-    for folder in (here, there):
+    def lay(folder):
+        shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(Path(train.__file__).with_name("toy"), folder / "a model")
-        (folder / "facts.jsonl").write_text("".join(lines))
+        for name, rows in files.items():
+            (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def read(folder, *more):
+        cell = ["--", "--task", "text", "--limit", "8", "--device", "cpu", f"--model={folder / 'a model'}",
+                "--data", str(folder / "rows.jsonl"), "--eval-data", str(folder / "asked.jsonl"), *more]
+        plan = ["--entries", "fft", "--lrs", "1e-3", "2e-3", "--validation", "1"]
+        return compare.read_files(compare.parse_args([*plan, *cell]))
+    lay(here)
     ours = read(here)
-    table = {Run("test", "fft", 1e-3, None, 1): dict(plan=ours.plan, data=ours.data, flags=ours.flags,
-                                                     select=ours.select, validation="default", rule="")}
-    assert ours.flags.endswith("--model 'a model' --data facts.jsonl")
-    compare.refuse_another_plan(table, read(there))
-    weights = there / "a model" / "model.safetensors"
-    trained = weights.read_bytes()
-    weights.write_bytes(trained[:-1] + bytes([trained[-1] ^ 1]))
-    with pytest.raises(ValueError, match="its runs had other rows or another model: give another --csv"):
-        compare.refuse_another_plan(table, read(there))
-    weights.write_bytes(trained)
-    (there / "facts.jsonl").write_text("".join(lines[:-1]))
-    with pytest.raises(ValueError, match="its runs had other rows or another model"):
-        compare.refuse_another_plan(table, read(there))
-    with pytest.raises(ValueError, match="another plan"):           # the toy has other defaults
-        compare.refuse_another_plan(table, compare.read_files(compare.parse_args(small_plan(here))))
+    assert ours.flags == ("--task text --limit 8 --device cpu --model 'a model' --data rows.jsonl "
+                          "--eval-data asked.jsonl")
+    run = dict(plan=ours.plan, data=ours.data, flags=ours.flags, select=ours.select, validation="1", rule="")
+    runs = {Run("test", "fft", 1e-3, None, 1): run}
+    lay(there)
+    compare.refuse_another_plan(runs, read(there))
+    compare.refuse_another_plan(runs, read(there, "--task", "text"))        # said twice
+    weights = (there / "a model" / "model.safetensors").read_bytes()
+    middle = len(weights) // 2
+    changed = weights[:middle] + bytes([weights[middle] ^ 1]) + weights[middle + 1:]
+    tokenizer = (there / "a model" / "tokenizer.json").read_bytes()
+    for name, content in (("a model/model.safetensors", changed),
+                          ("a model/tokenizer.json", tokenizer + b" "),
+                          ("rows.jsonl", json.dumps(prompts[8]).encode() * 8),
+                          ("rows.jsonl", b"\n".join(json.dumps(row).encode() for row in prompts[1:])),
+                          ("asked.jsonl", json.dumps(prompts[0]).encode())):
+        lay(there)
+        (there / name).write_bytes(content.replace(b"}{", b"}\n{"))
+        with pytest.raises(ValueError, match="its runs had other rows or another model: give another --csv"):
+            compare.refuse_another_plan(runs, read(there))
+    for more in (["--limit", "7"], ["--dtype", "bfloat16"]):
+        with pytest.raises(ValueError, match="holds the runs of another plan"):
+            compare.refuse_another_plan(runs, read(here, *more))
+    assert read(here).out != read(there).out            # where train.py would refuse to go on
+
+
+def test_a_table_is_of_one_model(tmp_path):
+    path = tmp_path / "x.csv"
+    for seed in (1, 2):
+        run = Run("test", "fft", 1e-3, None, seed)
+        add_row(path, run, run._asdict() | dict(plan="p", data="one"), {})
+    path.write_text(path.read_text().replace("one", "another", 1))
+    with pytest.raises(ValueError, match="runs of 2 plans, models or data"):
+        read_table(path)
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on_with_two_workers_as_with_one(
         one_worker, tmp_path, capsys):
     argv = small_plan(tmp_path, "--workers", "2")
-    blocked = compare.read_files(compare.parse_args(argv)).out / compare.folder_of(Run("test", "fft", 1e-3, None, 1))
+    blocked = folder_of_fft(argv)
     blocked.parent.mkdir(parents=True)
     blocked.write_text("no directory")
     with pytest.raises(SystemExit) as e:
@@ -501,7 +543,7 @@ def test_after_until_nothing_begins_and_what_runs_is_stopped_and_goes_on_later(t
     argv = small_plan(tmp_path, plan=plan, cell=cell)
     compare.main(["--until", "0", *argv])
     assert "1 or more runs are missing" in capsys.readouterr().out and not (tmp_path / "small.csv").exists()
-    out = compare.read_files(compare.parse_args(argv)).out / compare.folder_of(Run("test", "fft", 1e-3, None, 1))
+    out = folder_of_fft(argv)
 
     class Clock:        # time is over when the training has begun
         def monotonic():
