@@ -27,13 +27,12 @@ row is kept for validation.
 
 What is left. When a run ends, its row is written to --csv, and the outcome of each row that it was asked to
 the .jsonl beside it. Those two files say what is finished: the same command goes on from there, also without
---out. It goes on with an unfinished run where the same --out has its checkpoint, and model and rows lie where
-they lay. Entries, seeds and rates may
-be added later, but the first grid of several rates is another plan, because it keeps rows for validation. A
-run that fails is named, and runs again the next time. A loss or score that is not finite is a result. A peer
-has no checkpoints: one that was stopped begins anew. A table is refused if its model, its rows, or the code
-of one of its rules have changed since: give another --csv, or the rule another name. Where files lie does
-not matter, only what is in them.
+--out. It goes on with an unfinished run where the same --out has its checkpoint, if model and rows have not
+moved. Entries, seeds and rates may be added later, but the first grid of several rates is another plan,
+because it keeps rows for validation. A run that fails is named, and runs again the next time. A loss or score
+that is not finite is a result. A peer has no checkpoints: one that was stopped begins anew. A table is
+refused if its model, its rows, or the code of one of its rules have changed since: give another --csv, or the
+rule another name. Model and rows are known by what is in them, wherever they lie.
 """
 import argparse
 import contextlib

@@ -290,10 +290,9 @@ def pairs_of(entries, planned):
     pairs += [(e, other) for other in controls for e in rules if method_of(e) == "molf"
               and factor_of(e) == 1 and trains_rest(e) == trains_rest(other)]
     # a rule with the plain entry if the same trains, and with the paper's rule and the coin at its own flags
-    for e in [e for e in rules if e not in coins]:
-        pairs += [(e, other) for other in rules if e != other and (
-            other == first[method_of(e)] and trains_rest(e) == trains_rest(other)
-            or without(other) == without(e, "--score", "--route"))]
+    pairs += [(e, other) for e in rules if e not in coins for other in rules if e != other and (
+        other == first[method_of(e)] and trains_rest(e) == trains_rest(other)
+        or without(other) == without(e, "--score", "--route"))]
     pairs += [(e, coin) for coin in coins for e in rules if e != coin
               and without(e, "--score", "--route") == without(coin, "--score")]
     # the rest trained with the rest frozen

@@ -311,6 +311,7 @@ def run_inputs(rows, source):
             **model_inputs(source)}
 
 def model_inputs(source):
+    """{what belongs to a checkpoint: its digest}; of the weights it covers names, types and shapes alone."""
     return {"base model": digest(weights_header(source), (source / "config.json").read_bytes()),
             "tokenizer": digest((source / "tokenizer.json").read_bytes())}
 

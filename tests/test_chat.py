@@ -161,7 +161,8 @@ def test_a_template_is_found_where_checkpoints_have_it(tmp_path):
     (GEMMA, "the chat template fails: roles must alternate"),
     ("{% for m in %}", "the chat template cannot be read: Expected an expression"),
     ("{{ messages[0].content.nothing() }}", "template fails: 'str object' has no attribute 'nothing'"),
-    ("{{ ''.__class__.__mro__ }}", "template fails: access to attribute '__class__' of 'str' object is unsafe"),
+    ("{{ ''.__class__.__mro__ }}",
+     "template fails: access to attribute '__class__' of 'str' object is unsafe"),
     ("{{ messages | length }} {{ messages[-1].content }}", "writes message 2 otherwise when others follow"),
     ("{{ messages[0].content }}{% if false %}{% generation %}{% endgeneration %}{% endif %}",
      "marks no turn"),
@@ -209,7 +210,7 @@ def test_real_templates_write_what_transformers_makes_of_them():
         for messages in conversations("chatml", 200):
             try:
                 ids, mask = encode_chat(ours, messages)
-            except ValueError as e:             # SmolLM2's vocabulary lacks bytes; Qwen3's template is unmarked
+            except ValueError as e:     # SmolLM2's vocabulary lacks bytes; Qwen3's template is unmarked
                 assert "has no token" in str(e) or "writes message 2 otherwise" in str(e)
                 continue
             assert ids == theirs.apply_chat_template(messages, return_dict=True)["input_ids"]

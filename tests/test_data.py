@@ -161,7 +161,8 @@ def test_rows_of_ones_own_have_either_form_and_lose_other_columns(tmp_path):
 
 
 @pytest.mark.parametrize("row, why", [
-    (TEXT | CHAT, "a row has either prompt and completion, or messages; this one has prompt, completion, mess"),
+    (TEXT | CHAT,
+     "a row has either prompt and completion, or messages; this one has prompt, completion, mess"),
     ({"prompt": "a"}, "a row has either prompt and completion, or messages; this one has prompt"),
     ({}, "a row has either prompt and completion, or messages; this one has no field"),
     (TEXT | {"completion": " \n"}, "field completion is empty"),
@@ -222,7 +223,8 @@ def test_a_conversation_in_a_row_of_another_task_is_not_looked_at():
 
 
 def test_tools_travel_with_a_conversation_and_a_table_may_have_empty_columns(tmp_path):
-    rows = [CHAT | {"tools": [{"name": "clock"}], "prompt": None, "completion": None}, TEXT | {"messages": None}]
+    rows = [CHAT | {"tools": [{"name": "clock"}], "prompt": None, "completion": None},
+            TEXT | {"messages": None}]
     path = write(tmp_path / "a.parquet", rows)
     assert load_rows("text", "train", path) == ([CHAT | {"tools": [{"name": "clock"}]}, TEXT], 0)
 
